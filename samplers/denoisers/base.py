@@ -1,0 +1,150 @@
+"""Denoiser: one thin class per pipeline family around the pipeline's own network."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from fewstep.samplers.condition import Condition, concatenate
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.noise import NoiseProcess, from_config
+from torch import Tensor
+
+
+class Denoiser(ABC):
+    """A pipeline's network as a function from (x_t, t, condition) to a prediction.
+
+    Args:
+        pipeline: a diffusers pipeline, loaded; its modules are used as they are.
+        networks: the modules that predict, by their names in the pipeline; default: the pipeline's own. A role of a
+            distillation passes its copy, or the same module with an adapter.
+        latent_shape: shape of one sample (C, ...) where the noise process depends on it (dynamic shift).
+    """
+
+    network_names: ClassVar[tuple[str, ...]] = ("transformer",)
+    """Names, in the pipeline, of the modules that predict; the first always exists."""
+
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the layers that a LoRA adapts by default."""
+
+    takes_lora: ClassVar[bool] = True
+    """Whether the pipeline has `load_lora_weights`."""
+
+    takes_guidance: bool = False
+    """Whether the network has a guidance input."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        networks: dict[str, Callable[..., Any]] | None = None,
+        latent_shape: tuple[int, ...] | None = None,
+    ):
+        self.pipeline = pipeline
+        self.networks = networks or {n: m for n in self.network_names if (m := getattr(pipeline, n, None)) is not None}
+        self.noise = self.noise_process(latent_shape)
+
+    @property
+    def network(self) -> Any:
+        """The first (often only) network."""
+        return next(iter(self.networks.values()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network's weights are."""
+        return next(self.network.parameters()).device
+
+    def with_networks(self, networks: dict[str, Callable[..., Any]]) -> Denoiser:
+        """The same denoiser around other modules of the same class."""
+        other = copy.copy(self)
+        other.networks = networks
+        return other
+
+    def at(self, latent_shape: tuple[int, ...]) -> Denoiser:
+        """The same denoiser with the noise process of another sample shape."""
+        other = copy.copy(self)
+        other.noise = self.noise_process(latent_shape)
+        return other
+
+    def noise_process(self, latent_shape: tuple[int, ...] | None) -> NoiseProcess:
+        """From the pipeline's scheduler; families with a dynamic shift use the shape."""
+        return from_config(self.pipeline.scheduler.config)
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
+        """Conditions of prompts, on the text encoder's device, float32."""
+
+    @abstractmethod
+    def call(self, network: Callable[..., Any], x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """One call of the network with model time (B,) or (B, frames); the raw prediction."""
+
+    @abstractmethod
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
+        """Shape of one sample (C, ...) for a size in pixels; default: the pipeline's own size."""
+
+    @abstractmethod
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) or clips (B, F, 3, H, W) in 0..1 to latents, the mode of the encoder."""
+
+    @abstractmethod
+    def to_images(self, latents: Tensor) -> Tensor:
+        """Latents to images or clips, 0..1 but unclamped, differentiable."""
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
+        """The network's raw prediction at x_t, float32.
+
+        Args:
+            x_t: (B, ...) noisy samples.
+            t: level of each row, (), (B,) or (B, frames).
+            condition: B rows.
+            told: another time to tell the network than `t`, same shapes.
+        """
+        time = self.noise.model_time(self._rows(t if told is None else told, x_t))
+        return self.call(self.network, x_t, time, condition).float()
+
+    @staticmethod
+    def _rows(t: Tensor, x: Tensor) -> Tensor:
+        t = torch.as_tensor(t, device=x.device)
+        t = t if t.dtype == torch.float64 else t.float()
+        return t.expand(len(x)) if t.ndim == 0 else t
+
+    def x0(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
+        """Prediction of clean data at x_t, float32."""
+        return self.noise.x0(self.predict(x_t, t, condition, told), x_t, self._rows(t, x_t))
+
+    def guided_x0(
+        self, x_t: Tensor, t: Tensor, condition: Condition, scale: float | Tensor, told: Tensor | None = None
+    ) -> Tensor:
+        """x0_u + scale (x0_c - x0_u): classifier-free guidance, 1 = none.
+
+        One call at scale 1 (conditional) and 0 (unconditional), otherwise one batched call of 2 B rows.
+        """
+        if isinstance(scale, int | float):
+            if scale == 1:
+                return self.x0(x_t, t, condition, told)
+            if scale == 0:
+                return self.x0(x_t, t, condition.unconditional(), told)
+        both = concatenate([condition.unconditional(), condition])
+        t, told = (None if v is None else torch.cat([self._rows(v, x_t)] * 2) for v in (t, told))
+        assert t is not None
+        unconditional, conditional = self.x0(torch.cat([x_t, x_t]), t, both, told).chunk(2)
+        g = torch.as_tensor(scale, device=x_t.device, dtype=conditional.dtype)
+        g = g.reshape(-1, *[1] * (x_t.ndim - 1)) if g.ndim else g
+        return unconditional + g * (conditional - unconditional)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
+        """Latents to images or clips in 0..1, clamped, a batch at a time."""
+        return torch.cat([self.to_images(z).clamp(0, 1) for z in latents.split(batch_size)])
+
+
+def pipeline_size(height: int | None, width: int | None, default: int, multiple: int) -> tuple[int, int]:
+    """Height and width in pixels, checked against the family's granularity."""
+    height, width = height or default, width or default
+    if height % multiple or width % multiple:
+        raise UserError(f"size {height}x{width}: both must be divisible by {multiple}")
+    return height, width

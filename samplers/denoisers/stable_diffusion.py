@@ -1,0 +1,72 @@
+"""`StableDiffusionPipeline`: SD 1.x, SD 2.x and their fine-tunes; UNet with cross-attention, epsilon or v."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from fewstep.samplers.condition import Condition
+from fewstep.samplers.denoisers.base import Denoiser, pipeline_size
+from torch import Tensor
+
+UNET_LORA_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+
+
+def guidance_embedding(scale: Tensor, dimensions: int) -> Tensor:
+    """Sinusoid of 1000 (scale - 1), (B, dimensions): what StableDiffusionPipeline feeds to `time_cond_proj_dim`."""
+    frequencies = torch.exp(
+        torch.arange(dimensions // 2, device=scale.device) * (-9.210340371976184 / (dimensions // 2 - 1))
+    )
+    angle = (1000 * (scale.float() - 1))[:, None] * frequencies[None]
+    embedding = torch.cat([angle.sin(), angle.cos()], dim=1)
+    return torch.nn.functional.pad(embedding, (0, dimensions % 2))
+
+
+class StableDiffusion(Denoiser):
+    """Condition: `encoder_hidden_states` (B, tokens, width)."""
+
+    network_names = ("unet",)
+    lora_targets = UNET_LORA_TARGETS
+
+    @property
+    def takes_guidance(self) -> bool:
+        return self.network.config.time_cond_proj_dim is not None
+
+    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
+        p = self.pipeline
+        with torch.no_grad():
+            positive, _ = p.encode_prompt(list(prompts), p.text_encoder.device, 1, False)
+            negatives = [negative] if isinstance(negative, str) else list(negative)
+            empty, _ = p.encode_prompt(negatives, p.text_encoder.device, 1, False)
+        key = "encoder_hidden_states"
+        return Condition({key: positive.float()}, len(prompts), {key: empty.float()})
+
+    def call(self, network: Callable[..., Any], x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        extra = {}
+        if condition.guidance is not None and self.takes_guidance:
+            embedding = guidance_embedding(condition.guidance, self.network.config.time_cond_proj_dim)
+            extra["timestep_cond"] = embedding.to(self.network.dtype)
+        dtype = self.network.dtype
+        hidden = condition.tensors["encoder_hidden_states"].to(dtype)
+        return network(x_t.to(dtype), time, encoder_hidden_states=hidden, return_dict=False, **extra)[0]
+
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
+        config, factor = self.network.config, self.pipeline.vae_scale_factor
+        height, width = pipeline_size(height, width, config.sample_size * factor, factor)
+        return config.in_channels, height // factor, width // factor
+
+    def to_latents(self, images: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        latents = vae.encode((2 * images - 1).to(vae.dtype)).latent_dist.mode().float()
+        return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+    def to_images(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        return vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5

@@ -1,0 +1,127 @@
+"""`load(source)`: a denoiser from a pipeline folder, `embedded:NAME` or a hub id."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
+
+FAMILIES = {  # _class_name in model_index.json
+    "DDPMPipeline": "fewstep.samplers.denoisers.unet2d:UNet2D",
+    "StableDiffusionPipeline": "fewstep.samplers.denoisers.stable_diffusion:StableDiffusion",
+    "StableDiffusion3Pipeline": "fewstep.samplers.denoisers.stable_diffusion_3:StableDiffusion3",
+    "WanPipeline": "fewstep.samplers.denoisers.wan:Wan",
+}
+
+EMBEDDED = Path(__file__).parent / "assets"
+
+
+def family(class_name: str) -> type[Denoiser]:
+    """The denoiser class of a pipeline class."""
+    if class_name not in FAMILIES:
+        raise UserError(f"pipeline class {class_name} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    module, name = FAMILIES[class_name].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def resolve(source: str | Path) -> str:
+    """`embedded:NAME` to the shipped folder; anything else stays. Raises UserError for an unknown name."""
+    source = str(source)
+    if not source.startswith("embedded:"):
+        return source
+    folder = EMBEDDED / source.removeprefix("embedded:")
+    if not (folder / "model_index.json").is_file():
+        names = sorted(p.parent.name for p in EMBEDDED.glob("*/model_index.json"))
+        raise UserError(f"{source}: no such embedded teacher; shipped: {', '.join('embedded:' + n for n in names)}")
+    return str(folder)
+
+
+def class_of(source: str | Path, revision: str | None = None) -> str:
+    """The pipeline class of a folder or hub id, before any weight loads.
+
+    Raises:
+        UserError: a missing or broken folder, or a repository that cannot be read, in one line.
+    """
+    path = Path(resolve(source))
+    if path.is_dir():
+        index = path / "model_index.json"
+        if not index.is_file():
+            raise UserError(f"{source}: no model_index.json there; it must be a diffusers pipeline folder")
+    elif _is_hub_id(str(source)):
+        index = Path(_from_hub(str(source), revision))
+    else:
+        raise UserError(f"{source}: no such folder, and not a hub id of the form ORG/NAME")
+    try:
+        return json.loads(index.read_text())["_class_name"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{index}: not a pipeline's index ({error})") from error
+
+
+def _is_hub_id(source: str) -> bool:
+    parts = source.split("/")
+    return len(parts) == 2 and all(parts) and not source.startswith((".", "~"))
+
+
+def _from_hub(source: str, revision: str | None) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return hf_hub_download(source, "model_index.json", revision=revision)
+    except GatedRepoError as error:
+        raise UserError(f"{source}: gated; accept its licence on its page and log in (`hf auth login`)") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"{source}: no such folder, and no such repository on the hub (or it is private)") from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(f"{source}: no such folder, not in the hub cache, and the hub cannot be reached") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"{source}: the hub answered: {str(error).splitlines()[0]}") from error
+
+
+def load_pipeline(
+    source: str | Path, revision: str | None = None, variant: str | None = None, **components: Any
+) -> Any:
+    """The stock pipeline of a source: `.safetensors` only, no remote code, no safety checker.
+
+    Raises:
+        UserError: whatever is wrong with the source, in one line.
+    """
+    import diffusers
+
+    name = class_of(source, revision)
+    family(name)
+    extra: dict[str, Any] = dict(components)
+    if name == "StableDiffusionPipeline":
+        extra |= {"safety_checker": None, "requires_safety_checker": False}
+    try:
+        pipeline = getattr(diffusers, name).from_pretrained(
+            resolve(source), revision=revision, variant=variant, use_safetensors=True, **extra
+        )
+    except Exception as error:  # diffusers, transformers and safetensors each have their own kinds
+        raise UserError(f"{source}: cannot be loaded as {name}: {_first_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def load(source: str | Path, revision: str | None = None, variant: str | None = None, **components: Any) -> Denoiser:
+    """The denoiser of a source, weights in float32 unless `torch_dtype` is among `components`."""
+    pipeline = load_pipeline(source, revision, variant, **components)
+    return denoiser_of(pipeline)
+
+
+def denoiser_of(pipeline: Any) -> Denoiser:
+    """The denoiser of a pipeline that is already in memory, set for inference."""
+    cls = family(type(pipeline).__name__)
+    for component in pipeline.components.values():
+        if hasattr(component, "requires_grad_"):
+            component.requires_grad_(False).eval()
+    return cls(pipeline)
