@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from fewstep.distill.teachers.drawings import noto
 from fewstep.metrics.emoji.drawings import COLORS, NAMES, compose, compositions, jittered, place, render
-from torch import Tensor
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -57,8 +58,9 @@ def psnr(vae: AutoencoderKL, images: Tensor) -> tuple[float, float]:
 
 def main(package: str, out: str, iterations: int = 6000) -> None:
     """Train, report every 200 iterations, write OUT/vae."""
-    import fewstep.samplers  # noqa: F401  before diffusers: makes torchvision importable
     from diffusers import AutoencoderKL
+
+    import fewstep.samplers  # noqa: F401  before diffusers: makes torchvision importable
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

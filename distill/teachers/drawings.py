@@ -9,8 +9,9 @@ import json
 import sys
 from pathlib import Path
 
-from fewstep.metrics.emoji.drawings import NAMES, SHEET, SIDE
 from PIL import Image
+
+from fewstep.metrics.emoji.drawings import NAMES, SHEET, SIDE
 
 
 def noto(package: Path) -> dict[str, Image.Image]:

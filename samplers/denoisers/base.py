@@ -138,8 +138,38 @@ class Denoiser(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
-        """Latents to images or clips in 0..1, clamped, a batch at a time."""
-        return torch.cat([self.to_images(z).clamp(0, 1) for z in latents.split(batch_size)])
+        """Latents to images or clips in 0..1, clamped, on the CPU, a batch at a time; a resting decoder visits the device."""
+        vae = getattr(self.pipeline, "vae", None)
+        home = None if vae is None else next(vae.parameters()).device
+        if vae is not None:
+            vae.to(latents.device)
+        images = torch.cat([self.to_images(z).clamp(0, 1).cpu() for z in latents.split(batch_size)])
+        if vae is not None:
+            vae.to(home)
+        return images
+
+    def to(self, device: torch.device | str) -> None:
+        """Move every module of the pipeline."""
+        for component in self.pipeline.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.to(device)
+
+    def rest(self, device: torch.device | str, keep: Sequence[str] = ()) -> None:
+        """Move every module but the networks and those named in `keep`: training does not need them."""
+        for name, component in self.pipeline.components.items():
+            if isinstance(component, torch.nn.Module) and name not in (*self.network_names, *keep):
+                component.to(device)
+
+    def pixels(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width of an image in pixels; default: the pipeline's own size."""
+        p = self.pipeline
+        factor = getattr(p, "vae_scale_factor_spatial", None) or getattr(p, "vae_scale_factor", 1)
+        latent_height, latent_width = self.latent_shape(height, width)[-2:]
+        return latent_height * factor, latent_width * factor
+
+    def with_guidance_input(self) -> Denoiser:
+        """The same denoiser around networks that also take a guidance scale and ignore it until trained."""
+        raise UserError(f"{type(self.pipeline).__name__}: its network cannot be given a guidance input")
 
 
 def pipeline_size(height: int | None, width: int | None, default: int, multiple: int) -> tuple[int, int]:

@@ -38,10 +38,9 @@ class StableDiffusion(Denoiser):
 
     def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
         p = self.pipeline
-        with torch.no_grad():
-            positive, _ = p.encode_prompt(list(prompts), p.text_encoder.device, 1, False)
-            negatives = [negative] if isinstance(negative, str) else list(negative)
-            empty, _ = p.encode_prompt(negatives, p.text_encoder.device, 1, False)
+        negatives = [negative] if isinstance(negative, str) else list(negative)
+        positive, _ = p.encode_prompt(list(prompts), p.text_encoder.device, 1, False)
+        empty, _ = p.encode_prompt(negatives, p.text_encoder.device, 1, False)
         key = "encoder_hidden_states"
         return Condition({key: positive.float()}, len(prompts), {key: empty.float()})
 

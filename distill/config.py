@@ -1,0 +1,218 @@
+"""Configs: one flat YAML per run, keys spelt as in diffusers' training scripts. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+class ConfigError(ValueError):
+    """Every mistake of a config, one line each: file, key, what is wrong, what would be right."""
+
+
+class TrainConfig(BaseModel, extra="forbid"):
+    """What every method takes."""
+
+    method: str
+    name: str = Field("run", description="run folder under output_dir")
+    output_dir: str = "runs"
+    seed: int = 0
+
+    teacher: str = Field(description="pipeline folder, embedded:NAME or hub id")
+    revision: str | None = None
+    variant: str | None = None
+    student: Literal["lora", "full"] = "lora"
+    rank: int = Field(64, ge=1)
+    lora_alpha: float | None = Field(None, gt=0, description="default: the rank")
+    target_modules: list[str] | None = Field(None, description="default: the family's")
+
+    train_data: str | None = Field(None, description="images with captions: a folder, or embedded:NAME")
+    prompts: str | None = Field(None, description="a text file, one prompt a line, or embedded:NAME")
+    negative_prompt: str = ""
+    num_samples: int = Field(8000, ge=1, description="size of an embedded data set")
+    height: int | None = Field(None, ge=8)
+    width: int | None = Field(None, ge=8)
+    num_frames: int | None = Field(None, ge=1)
+    cache_dir: str | None = Field(None, description="cached latents and embeddings; default ~/.cache/fewstep")
+
+    max_train_steps: int = Field(1000, ge=1)
+    train_batch_size: int = Field(16, ge=1, description="rows per process and micro-batch")
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_steps: int = Field(0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_weight_decay: float = Field(0.0, ge=0)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the student that is exported")
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+
+    logging_steps: int = Field(10, ge=1)
+    checkpointing_steps: int = Field(500, ge=1)
+    checkpoints_total_limit: int = Field(2, ge=1)
+    validation_steps: int | None = Field(None, ge=1, description="previews; default: only at the end")
+    validation_prompts: list[str] | None = None
+    validation_guidance_scale: float | None = Field(None, description="of the teacher in previews and report")
+    report_to: str | None = Field(None, description="an accelerate tracker: tensorboard, wandb, ...")
+    report_num: int | None = Field(None, ge=2, description="samples per row of the final report; none: no report")
+    report_steps: list[int] = Field([4, 2, 1], description="step counts of the student in the report")
+    best_metric: str | None = Field(None, description="keep the checkpoint with the lowest of this logged scalar")
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        if not name or "/" in name or name.startswith("."):
+            raise ValueError(f"must be one folder name; got {name!r}")
+        return name
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run is written."""
+        return Path(self.output_dir) / self.name
+
+
+class PretrainConfig(TrainConfig):
+    """Ordinary denoising or flow matching training of a pipeline's network, with text dropout for guidance."""
+
+    method: Literal["pretrain"]
+    student: Literal["lora", "full"] = "full"
+    train_text_encoder: bool = False
+    prompt_dropout: float = Field(0.1, ge=0, lt=1)
+    snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting (arXiv:2303.09556); none: weight 1")
+    step_counts: list[int] = Field([50], min_length=1)
+
+
+class LCMConfig(TrainConfig):
+    """Consistency distillation in latents (arXiv:2303.01469, 2310.04378)."""
+
+    method: Literal["lcm"]
+    guidance_scale: float = Field(7.5, description="of the teacher, folded into the student; 1 = none")
+    guidance_scale_max: float | None = Field(
+        None, description="with it the scale is drawn from guidance_scale..this and is an input of the student"
+    )
+    num_ode_steps: int = Field(50, ge=2, description="levels of the teacher's grid")
+    huber_c: float = Field(1e-3, gt=0)
+    target_ema_decay: float = Field(0.95, ge=0, lt=1, description="of the target network, full students only")
+    steps: list[int] = Field([1, 2, 4, 8], min_length=1, description="step counts that the student declares")
+
+    @model_validator(mode="after")
+    def _scales(self) -> LCMConfig:
+        if self.guidance_scale_max is not None and self.guidance_scale_max <= self.guidance_scale:
+            raise ValueError(f"guidance_scale_max must exceed guidance_scale {self.guidance_scale}")
+        if any(k < 1 or k > self.num_ode_steps for k in self.steps):
+            raise ValueError(f"steps must lie in 1..num_ode_steps = {self.num_ode_steps}; got {self.steps}")
+        return self
+
+
+class DMD2Config(TrainConfig):
+    """Distribution matching distillation, data-free, by backward simulation (arXiv:2311.18828, 2405.14867)."""
+
+    method: Literal["dmd2"]
+    guidance_scale: float = Field(7.5, description="of the teacher's score; 1 = none")
+    steps: list[int] = Field([4], min_length=1, description="step counts trained; one is drawn in each iteration")
+    fake_score_updates: int = Field(5, ge=1, description="fake score updates per student update")
+    fake_score_warmup_steps: int = Field(0, ge=0, description="iterations of the fake score alone")
+    fake_score_learning_rate: float | None = Field(None, gt=0, description="default: the student's")
+    min_level: float = Field(0.02, ge=0, lt=1, description="of the levels where scores are compared")
+    max_level: float = Field(0.98, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> DMD2Config:
+        if any(k < 1 for k in self.steps):
+            raise ValueError(f"steps must be positive; got {self.steps}")
+        if self.min_level >= self.max_level:
+            raise ValueError("min_level must be below max_level")
+        return self
+
+
+METHODS: dict[str, type[TrainConfig]] = {"dmd2": DMD2Config, "lcm": LCMConfig, "pretrain": PretrainConfig}
+"""Config of each method; its Distiller is named in `methods`."""
+
+
+def find(config: str | Path) -> Path:
+    """A config file by path, or a shipped one by name (`quickstart`, `lcm/sdxl`)."""
+    path = Path(config)
+    if path.is_file():
+        return path
+    shipped = CONFIGS / f"{str(config).removesuffix('.yaml')}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
+    near = difflib.get_close_matches(str(config), names, 1)
+    hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(names)}"
+    raise ConfigError(f"{config}: no such config file, and no shipped config of that name; {hint}")
+
+
+def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read and check a config.
+
+    Args:
+        config: a path, a shipped name or a mapping.
+        overrides: `key=value`, the value as YAML.
+
+    Raises:
+        ConfigError: all mistakes at once.
+    """
+    if isinstance(config, Mapping):
+        where, values = "config", dict(config)
+    else:
+        path = find(config)
+        where = str(config)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where}: must be a mapping of keys to values")
+        values.setdefault("name", path.stem)
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{item}: an override is key=value")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{item}: the value is not YAML") from error
+    return validate(values, where)
+
+
+def validate(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
+    """A checked config of the method that `values` name; ConfigError lists every mistake."""
+    method = values.get("method")
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        said = "missing" if method is None else f"{method!r} is unknown"
+        raise ConfigError(f"{where}: method: {said}; {hint}known: {', '.join(sorted(METHODS))}")
+    model = METHODS[method]
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_line(where, model, e) for e in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _line(where: str, model: type[TrainConfig], error: Mapping[str, Any]) -> str:
+    key = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, model.model_fields, 1)
+        return f"{where}: {key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+    if error["type"] == "missing":
+        return f"{where}: {key}: missing; {model.model_fields[key].description or 'it is required'}"
+    message = error["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(error.get("input"), dict) else f"; got {error.get('input')!r}"
+    return f"{where}: {key + ': ' if key else ''}{message}{got}"
+
+
+def choices(model: type[BaseModel], key: str) -> tuple[Any, ...]:
+    """Allowed values of a Literal field."""
+    return get_args(model.model_fields[key].annotation)

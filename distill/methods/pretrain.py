@@ -1,0 +1,93 @@
+"""Ordinary training of a denoiser: noise, predict, compare. Makes teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fewstep.distill.config import PretrainConfig
+from fewstep.distill.distiller import Batch, Distiller, Losses, Role
+from fewstep.distill.networks import Networks
+from fewstep.distill.random import Rngs
+from fewstep.samplers.condition import Condition
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.noise import expand
+from fewstep.samplers.plan import SamplingPlan, uniform_plan
+
+
+@dataclass
+class Draws:
+    """Levels (B,), noise (B, ...) and the condition after dropout."""
+
+    t: Tensor
+    eps: Tensor
+    condition: Condition
+
+
+class Pretrain(Distiller):
+    """Mean w(t) |o - o*|^2, o* the process's own target for (x0, eps), t uniform (flows: before the shift)."""
+
+    needs = frozenset({"images"})
+
+    def __init__(self, config: PretrainConfig, networks: Networks):
+        self.config = config
+        self.student = networks.trained("student")
+        self.noise = self.student.denoiser.noise
+        if config.train_text_encoder:
+            encoder = networks.base.pipeline.text_encoder.train()
+            self.student.modules["text_encoder"] = encoder
+            self.student.parameters |= {f"text_encoder.{k}": p for k, p in encoder.named_parameters()}
+
+    def roles(self) -> dict[str, Role]:
+        return {"student": self.student}
+
+    def draw(self, batch: Batch, rng: Rngs, iteration: int, roles: list[str]) -> Draws:
+        assert batch.x0 is not None
+        keep = (rng.uniform("dropout") >= self.config.prompt_dropout).tolist()
+        if batch.condition is None:
+            prompts = [p if k else self.config.negative_prompt for p, k in zip(batch.prompts, keep, strict=True)]
+            condition = self.student.denoiser.encode(prompts, self.config.negative_prompt)
+        else:
+            condition = dropped(batch.condition, torch.tensor(keep, device=batch.x0.device))
+        t = self.noise.shift(1 - rng.uniform("level"))  # in (0, 1]
+        return Draws(t, rng.normal("noise", batch.x0.shape[1:]), condition)
+
+    def loss(self, role: str, batch: Batch, draws: Draws, iteration: int) -> Iterator[Losses]:
+        assert batch.x0 is not None
+        x_t = self.noise.add(batch.x0, draws.eps, draws.t)
+        output = self.student.denoiser.predict(x_t, draws.t, draws.condition)
+        error = (output - self.noise.output(batch.x0, draws.eps, draws.t)).square()
+        loss = (expand(self.weight(draws.t), error) * error).mean()
+        yield Losses(loss, {"loss": loss.detach()})
+
+    def weight(self, t: Tensor) -> Tensor:
+        """Min-SNR: min(SNR, gamma) on x0, said on the raw output of each prediction type (arXiv:2303.09556)."""
+        if self.config.snr_gamma is None:
+            return torch.ones_like(t)
+        snr = (self.noise.alpha(t) / self.noise.sigma(t)).square()
+        capped = snr.clamp(max=self.config.snr_gamma)
+        per_output = {"epsilon": 1 / snr.clamp(min=1e-8), "sample": torch.ones_like(snr), "v_prediction": 1 / (snr + 1)}
+        # flow: x0 = x_t - t v
+        return capped * per_output.get(self.noise.prediction_type, self.noise.sigma(t).square())
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        return tuple(self.config.step_counts)
+
+    def plan(self, steps: int) -> SamplingPlan:
+        if steps not in self.step_counts:
+            raise UserError(f"steps {steps}: this model declares {list(self.step_counts)}")
+        return uniform_plan(steps, self.config.validation_guidance_scale or 1.0)
+
+    def forwards(self) -> dict[str, dict[str, float]]:
+        return {"student": {"forward": 0, "backward": 1}}
+
+
+def dropped(condition: Condition, keep: Tensor) -> Condition:
+    """The negative prompt in the rows where `keep`, (B,) bool, is False."""
+    empty = condition.unconditional().tensors
+    rows = {k: torch.where(keep.reshape(-1, *[1] * (v.ndim - 1)), v, empty[k]) for k, v in condition.tensors.items()}
+    return replace(condition, tensors=rows)

@@ -1,0 +1,181 @@
+"""Where roles live: LoRA adapters on one base in memory, or copies with full weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.distill.distiller import Role
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
+
+
+class Adapted:
+    """A shared network seen with one of its adapters, or with none (the base)."""
+
+    def __init__(self, module: nn.Module, adapter: str | None):
+        self.module = module
+        self.adapter = adapter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        activate(self.module, self.adapter)
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def activate(module: nn.Module, adapter: str | None) -> None:
+    """Make `adapter` the active one, or disable all; nothing else changes.
+
+    peft's own `set_adapter` also flips `requires_grad`: between a student's forward and its backward it would
+    silently drop the student's gradients.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if getattr(module, "_fewstep_active", ()) == adapter:
+        return
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+    module._fewstep_active = adapter  # type: ignore[assignment]
+
+
+class Networks:
+    """Makes the roles of one run from the teacher.
+
+    Args:
+        teacher: the pretrained denoiser; frozen here.
+        kind: `lora` or `full`.
+        rank: of the LoRA; alpha is equal to it unless given.
+        alpha: see rank.
+        target_modules: ends of layer names; default: the family's.
+        seed: of the adapters' random halves.
+    """
+
+    def __init__(
+        self,
+        teacher: Denoiser,
+        kind: str = "lora",
+        rank: int = 64,
+        alpha: float | None = None,
+        target_modules: Sequence[str] | None = None,
+        seed: int = 0,
+    ):
+        self.base = teacher
+        self.kind = kind
+        self.rank, self.alpha = rank, alpha or rank
+        self.targets = list(target_modules or teacher.lora_targets)
+        self.seed = seed
+        self._roles: dict[str, Role] = {}
+        for network in teacher.networks.values():
+            network.requires_grad_(False)
+
+    def teacher(self) -> Role:
+        """The frozen teacher: for LoRA the base with every adapter off."""
+        return Role(self._seen(None))
+
+    def trained(self, name: str, guidance_input: bool = False) -> Role:
+        """A trainable role that starts as the teacher."""
+        if self.kind == "lora":
+            if guidance_input and not self.base.takes_guidance:
+                raise UserError("a guidance input would be a new layer of the base: train a full student, not a LoRA")
+            role = self._adapter(name)
+        else:
+            role = self._copy(guidance_input)
+        self._roles[name] = role
+        return role
+
+    def average(self, of: str, decay: float) -> Role:
+        """A moving average of a trained role; the trainer updates it after that role's step."""
+        source = self._roles[of]
+        name = f"{of}_average"
+        if self.kind == "lora":
+            role = self._adapter(name)
+        else:
+            role = self._copy(source.denoiser.takes_guidance)
+        with torch.no_grad():
+            for key, parameter in role.parameters.items():
+                parameter.copy_(source.parameters[key])
+        role.ema_of, role.ema_decay = of, decay
+        self._roles[name] = role
+        return role
+
+    def _seen(self, adapter: str | None) -> Denoiser:
+        if self.kind == "full":
+            return self.base
+        return self.base.with_networks({n: Adapted(bare(m), adapter) for n, m in self.base.networks.items()})
+
+    def _adapter(self, name: str) -> Role:
+        from peft import LoraConfig
+
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets)
+        parameters: dict[str, nn.Parameter] = {}
+        for network_name, network in self.base.networks.items():
+            module = bare(network)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)  # one start for every role: student and fake score begin alike
+                _add_adapter(module, config, name)
+            for key, parameter in module.named_parameters():
+                if f".{name}." in key:
+                    parameter.data = parameter.data.float()
+                    parameters[f"{network_name}.{key.replace(f'.{name}.', '.')}"] = parameter
+            module._fewstep_active = ()  # type: ignore[assignment]
+        return Role(self._seen(name), parameters, adapter=name)
+
+    def _copy(self, guidance_input: bool) -> Role:
+        denoiser = self.base.with_guidance_input() if guidance_input and not self.base.takes_guidance else self.base
+        copies = {n: copy.deepcopy(bare(m)).float() for n, m in denoiser.networks.items()}
+        parameters = {f"{n}.{k}": p for n, m in copies.items() for k, p in m.named_parameters()}
+        return Role(self.base.with_networks(copies), parameters)
+
+
+def _add_adapter(module: nn.Module, config: Any, name: str) -> None:
+    if hasattr(module, "add_adapter"):
+        module.add_adapter(config, adapter_name=name)
+    else:
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, module, adapter_name=name)
+
+
+def bare(network: Any) -> nn.Module:
+    """The module behind a view with an adapter."""
+    return network.module if isinstance(network, Adapted) else network
+
+
+def require_grad(roles: dict[str, Role], names: Sequence[str]) -> None:
+    """Let exactly the parameters of the named roles receive gradients."""
+    for name, role in roles.items():
+        for parameter in role.parameters.values():
+            parameter.requires_grad_(name in names)
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float) -> None:
+    """average <- decay average + (1 - decay) parameters, in place."""
+    keys = list(average)
+    torch._foreach_lerp_([average[k] for k in keys], [parameters[k].detach() for k in keys], 1 - decay)
+
+
+@contextmanager
+def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | None) -> Iterator[None]:
+    """Within the block the parameters hold other values (a moving average), in place; nothing is copied."""
+    if values is None:
+        yield
+        return
+    own = {k: p.data for k, p in parameters.items()}
+    try:
+        for k, p in parameters.items():
+            p.data = values[k]
+        yield
+    finally:
+        for k, p in parameters.items():
+            p.data = own[k]

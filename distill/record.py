@@ -1,0 +1,177 @@
+"""What a run leaves behind: its folder, logs, previews, and the progress a person sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor
+
+from fewstep.distill.config import TrainConfig
+from fewstep.distill.distiller import Distiller
+from fewstep.samplers.condition import Condition
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.plan import sample, uniform_plan
+
+MAY_CHANGE = {
+    *("max_train_steps", "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"),
+    *("report_to", "report_num", "report_steps", "output_dir", "cache_dir", "best_metric"),
+}
+"""Keys that a resumed run may set anew."""
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware."""
+    packages = {}
+    for name in ("fewstep", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}
+    return {"python": platform.python_version(), "packages": packages, **machine}
+
+
+class Record:
+    """The run's folder; only the main process writes.
+
+    Args:
+        config: the run's.
+        accelerator: says who is the main process, and owns the trackers.
+        preview: prompts' conditions, seeds and sample shape of the previews, or None.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        self.folder = config.run_dir
+        self.checkpoints = self.folder / "checkpoints"
+        self.preview_condition: Condition | None = None
+        self._teacher: tuple[Denoiser, Tensor | None] | None = None
+        self._bar: Any = None
+        self._spoke = self._began = time.monotonic()
+        self._metrics: dict[str, float] = {}
+
+    def open(self, resume: bool) -> None:
+        """Make the folder and write config and environment; UserError where a run is there already."""
+        written = self.folder / "config.yaml"
+        now = self.config.model_dump(mode="json")
+        if written.is_file():
+            if not resume:
+                raise UserError(f"{self.folder}: holds a run already; --resume continues it, name=OTHER starts another")
+            then = yaml.safe_load(written.read_text())
+            changed = [k for k in now if k not in MAY_CHANGE and then.get(k) != now[k]]
+            if changed:
+                said = ", ".join(f"{k} (was {then.get(k)!r}, now {now[k]!r})" for k in changed)
+                raise UserError(f"{self.folder}: cannot be resumed with other values of {said}")
+        if self.accelerator.is_main_process:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                written.write_text(yaml.safe_dump(now, sort_keys=False))
+                (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2))
+            except OSError as error:
+                raise UserError(f"{self.folder}: cannot be written ({error.strerror}); set output_dir") from error
+        self.accelerator.wait_for_everyone()
+        if self.config.report_to:
+            self.accelerator.init_trackers("fewstep")
+
+    def say(self, line: str) -> None:
+        """One line to the person at the terminal."""
+        if self.accelerator.is_main_process:
+            print(line, file=sys.stderr, flush=True)
+
+    def progress(self, iterations: Iterable[int]) -> Iterator[int]:
+        """A bar with rate and time left on a terminal, plain lines elsewhere."""
+        if not (self.accelerator.is_main_process and sys.stderr.isatty()):
+            yield from iterations
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        iterations = list(iterations)
+        first, last = (iterations[0], iterations[-1] + 1) if iterations else (0, 0)
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(self.config.name, total=last, completed=first)
+            self._bar = (bar, task)
+            for i in iterations:
+                yield i
+                bar.update(task, completed=i + 1)
+        self._bar = None
+
+    def log(self, iteration: int, values: dict[str, float]) -> None:
+        """A line of metrics.jsonl, the trackers, and a line for people every few seconds."""
+        if not self.accelerator.is_main_process:
+            return
+        elapsed = time.monotonic() - self._began
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"iteration": iteration, **values, "seconds": round(elapsed, 3)}) + "\n")
+        if self.config.report_to:
+            self.accelerator.log(values, step=iteration)
+        short = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+        if self._bar is not None:
+            bar, task = self._bar
+            bar.update(task, description=short)
+        elif time.monotonic() - self._spoke > 10 or iteration == self.config.max_train_steps:
+            self._spoke = time.monotonic()
+            self.say(f"{iteration}/{self.config.max_train_steps}  {elapsed:.0f} s  {short}")
+
+    def rewind(self, iteration: int) -> None:
+        """Drop the logged lines after an iteration: they will be written again."""
+        path = self.folder / "metrics.jsonl"
+        if self.accelerator.is_main_process and path.is_file():
+            kept = []
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["iteration"] <= iteration:
+                        kept.append(line)
+                except json.JSONDecodeError:
+                    continue  # torn by a kill
+            path.write_text("".join(line + "\n" for line in kept))
+
+    def previews(self, teacher: Denoiser, condition: Condition) -> None:
+        """Fix what the previews show: these conditions, one seed each."""
+        self.preview_condition, self._teacher = condition, (teacher, None)
+
+    def preview(self, method: Distiller, student: Denoiser, iteration: int, teacher_steps: int = 20) -> None:
+        """A picture: the teacher's row, and one row for each step count of the student, same noise."""
+        if self.preview_condition is None or self._teacher is None or not self.accelerator.is_main_process:
+            return
+        from torchvision.utils import save_image  # type: ignore[import-untyped]
+
+        condition = self.preview_condition
+        seeds = [self.config.seed + i for i in range(condition.size)]
+        teacher, picture = self._teacher
+        shape = pixels_shape(self.config, student)
+        if picture is None:
+            scale = self.config.validation_guidance_scale or getattr(self.config, "guidance_scale", 1.0)
+            plan = uniform_plan(teacher_steps, scale)
+            picture = pictures(student, sample(teacher, condition, plan, seeds, shape))
+            self._teacher = teacher, picture
+        rows = [picture]
+        for steps in sorted(method.step_counts, reverse=True):
+            rows.append(pictures(student, sample(student, condition, method.plan(steps), seeds, shape)))
+        path = self.folder / "samples" / f"step-{iteration:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_image(torch.cat(rows), path, nrow=condition.size, padding=2)
+
+
+def pixels_shape(config: TrainConfig, denoiser: Denoiser) -> tuple[int, ...]:
+    """Latent shape of a run's samples."""
+    return denoiser.latent_shape(config.height, config.width, config.num_frames)
+
+
+def pictures(denoiser: Denoiser, latents: Tensor) -> Tensor:
+    """Decoded images (B, 3, H, W); of clips the middle frame. The decoder visits the device for the call."""
+    images = denoiser.decode(latents)
+    return images[:, images.shape[1] // 2] if images.ndim == 5 else images

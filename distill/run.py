@@ -1,0 +1,134 @@
+"""`train(config)`: one run from config to artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from fewstep.distill import data as data_sets
+from fewstep.distill.batches import Batches
+from fewstep.distill.config import ConfigError, TrainConfig, load_config
+from fewstep.distill.data import DataSet
+from fewstep.distill.distiller import Distiller
+from fewstep.distill.methods import distiller
+from fewstep.distill.networks import Networks
+from fewstep.distill.record import Record, pixels_shape
+from fewstep.distill.trainer import Trainer
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.load import class_of, family, load
+from fewstep.samplers.student import Manifest, fingerprint, save_student
+
+
+def refuse(config: TrainConfig) -> None:
+    """Refuse, before any weight loads, what the method needs and the config lacks."""
+    needs = distiller(config.method).needs
+    if "images" in needs and config.train_data is None:
+        raise ConfigError(f"config: train_data: missing; method {config.method} learns from images with captions")
+    if "prompts" in needs and config.prompts is None and config.train_data is None:
+        raise ConfigError(f"config: prompts: missing; method {config.method} needs prompts (or train_data's captions)")
+    if config.train_data is None and config.prompts not in (None, "embedded:emoji"):
+        data_sets.read_prompts(config.prompts)
+
+
+def methods_distiller(config: TrainConfig, networks: Networks) -> Distiller:
+    """The Distiller of a config over its networks."""
+    return distiller(config.method)(config, networks)  # type: ignore[call-arg]
+
+
+def networks_of(config: TrainConfig, teacher: Denoiser) -> Networks:
+    """The factory of a config's roles."""
+    return Networks(teacher, config.student, config.rank, config.lora_alpha, config.target_modules, config.seed)
+
+
+def train(
+    config: TrainConfig | Mapping[str, Any] | str | Path,
+    resume: bool = False,
+    teacher: Denoiser | None = None,
+    data: DataSet | None = None,
+) -> Path:
+    """Train a student and write the run's folder.
+
+    Args:
+        config: a checked config, a mapping, a path, or the name of a shipped one.
+        resume: continue from the newest whole checkpoint, if there is one.
+        teacher: a denoiser already in memory, instead of the config's.
+        data: a data set, instead of the config's.
+
+    Returns:
+        The run's folder; the student is in its `student/`.
+
+    Raises:
+        ConfigError, UserError: what is wrong and what would be right, in one line each.
+    """
+    if not isinstance(config, TrainConfig):
+        config = load_config(config)
+    refuse(config)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=str(config.run_dir)
+    )
+    record = Record(config, accelerator)
+    record.open(resume)
+    set_seed(config.seed)  # for modules that initialise themselves; every draw of the loop has its own key
+    if teacher is None:
+        family(class_of(config.teacher, config.revision))
+        teacher = load(config.teacher, config.revision, config.variant)
+    shape = pixels_shape(config, teacher)
+    teacher = teacher.at(shape)
+    teacher.to(accelerator.device)
+    if data is None:
+        data = data_sets.data_set(config, teacher.pixels(config.height, config.width))
+    mark = fingerprint(teacher)
+    identity = f"{type(teacher).__name__} {mark}"
+    keep_encoder = getattr(config, "train_text_encoder", False)
+    with accelerator.main_process_first():
+        condition = None if keep_encoder else data_sets.conditions(config, teacher, data.captions, identity)
+        latents = None
+        if "images" in distiller(config.method).needs:
+            latents = data_sets.latents(config, teacher, data, identity)
+        shown = None
+        if config.validation_prompts and not keep_encoder:
+            shown = data_sets.conditions(config, teacher, config.validation_prompts, identity)
+    teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
+    networks = networks_of(config, teacher)
+    method = methods_distiller(config, networks)
+    if shown is not None:
+        record.previews(networks.teacher().denoiser, shown)
+    batches = Batches(
+        data,
+        condition,
+        latents,
+        config.seed,
+        config.train_batch_size,
+        config.gradient_accumulation_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.device,
+    )
+    trainer = Trainer(config, accelerator, method, batches, record)
+    if resume:
+        trainer.resume()
+    trainer.run()
+    if accelerator.is_main_process:
+        with trainer.averaged():
+            record.preview(method, trainer.roles["student"].denoiser, trainer.iteration)
+            manifest = Manifest(
+                base=config.teacher,
+                revision=config.revision,
+                pipeline=type(teacher.pipeline).__name__,
+                fingerprint=mark,
+                method=config.method,
+                kind=config.student,
+                plans={k: method.plan(k) for k in method.step_counts},
+                height=config.height,
+                width=config.width,
+                num_frames=config.num_frames,
+            )
+            save_student(config.run_dir / "student", trainer.roles["student"].denoiser, manifest)
+    accelerator.wait_for_everyone()
+    if config.report_to:
+        accelerator.end_training()
+    return config.run_dir

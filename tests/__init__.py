@@ -1,0 +1,1 @@
+"""Facts about fewstep; shared helpers are imported as tests.NAME."""
