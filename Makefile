@@ -29,8 +29,8 @@ lint: .venv/installed-dev links
 
 # pyright reads sources without running the import hooks of the editable install: it finds fewstep.NAME here
 links:
-	@mkdir -p .links/fewstep
-	@for name in $(PACKAGES); do ln -sfn ../../$$name .links/fewstep/$$name; done
+	@mkdir -p build/links/fewstep
+	@for name in $(PACKAGES); do ln -sfn ../../../$$name build/links/fewstep/$$name; done
 
 # Each stamp is written last, so what was interrupted is done again.
 .venv/created:

@@ -16,6 +16,7 @@ class Batches:
 
     Args:
         data: the data set.
+        shape: of one sample of latents, (C, ...).
         condition: conditions of `data.captions`, on the CPU, or None where the method encodes prompts itself.
         latents: latents of the images, (N, C, ...), on the CPU, or None.
         seed: the run's seed.
@@ -29,6 +30,7 @@ class Batches:
     def __init__(
         self,
         data: DataSet,
+        shape: tuple[int, ...],
         condition: Condition | None,
         latents: Tensor | None,
         seed: int,
@@ -38,7 +40,7 @@ class Batches:
         world: int = 1,
         device: torch.device | str = "cpu",
     ):
-        self.data, self.condition, self.latents = data, condition, latents
+        self.data, self.shape, self.condition, self.latents = data, shape, condition, latents
         self.seed, self.batch_size, self.accumulation = seed, batch_size, accumulation
         self.rank, self.world, self.device = rank, world, device
         self._epoch, self._order = -1, torch.empty(0)
@@ -60,6 +62,7 @@ class Batches:
         captions = [self.data.caption(i, u) for i, u in zip(samples, draws, strict=True)]
         return Batch(
             prompts=[self.data.captions[c] for c in captions],
+            shape=self.shape,
             condition=None if self.condition is None else self.condition[captions].to(self.device),
             x0=None if self.latents is None else self.latents[samples].to(self.device),
         ), rng

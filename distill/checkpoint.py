@@ -9,16 +9,38 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewstep.samplers.errors import UserError
+
+
+@contextmanager
+def writing(path: Path, hint: str) -> Iterator[None]:
+    """Turns a full disk or a read-only folder into one line: what cannot be written, why, and `hint`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has its own kind, also for a full disk
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({why}); {hint}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:
@@ -45,30 +67,32 @@ def save(folder: Path, iteration: int, tensors: Mapping[str, Mapping[str, Tensor
     """
     final = folder / f"step-{iteration:06d}"
     partial = folder / f".{final.name}.partial"
-    try:
+    with writing(final, "earlier checkpoints are whole"):
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for name, group in tensors.items():
-            # a copy of each: safetensors refuses tensors that share memory
-            save_file(
-                {k: v.detach().cpu().contiguous().clone() for k, v in group.items()}, partial / f"{name}.safetensors"
-            )
-        (partial / "meta.json").write_text(json.dumps({"iteration": iteration, **meta}))
-        hashes = {p.name: _digest(p) for p in sorted(partial.iterdir())}
-        for name in hashes:
-            _sync(partial / name)
-        (partial / "manifest.json").write_text(json.dumps(hashes))
-        _sync(partial / "manifest.json")
-        shutil.rmtree(final, ignore_errors=True)
+        for left in folder.glob(".step-*.partial"):
+            shutil.rmtree(left)  # of a run that was killed while it saved
+        try:
+            _write(partial, iteration, tensors, meta)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        shutil.rmtree(final, ignore_errors=True)  # torn: training would have gone on from a whole one
         os.replace(partial, final)
         _sync(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"checkpoint {final}: cannot be written ({error.strerror or error}); earlier ones are whole"
-        ) from error
     return final
+
+
+def _write(partial: Path, iteration: int, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
+    partial.mkdir()
+    for name, group in tensors.items():
+        # a copy of each: safetensors refuses tensors that share memory
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in group.items()}, partial / f"{name}.safetensors")
+    (partial / "meta.json").write_text(json.dumps({"iteration": iteration, **meta}))
+    hashes = {p.name: _digest(p) for p in sorted(partial.iterdir())}
+    (partial / "manifest.json").write_text(json.dumps(hashes))
+    for name in (*hashes, "manifest.json"):
+        _sync(partial / name)
+    _sync(partial)
 
 
 def fault(checkpoint: Path) -> str | None:
@@ -78,24 +102,28 @@ def fault(checkpoint: Path) -> str | None:
         for name, digest in hashes.items():
             if _digest(checkpoint / name) != digest:
                 return f"{name} is damaged"
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # a file is missing, or the manifest is no mapping
         return f"incomplete ({type(error).__name__})"
     return None
 
 
 def iterations(folder: Path) -> list[Path]:
     """Checkpoints of a folder, oldest first, torn or not."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
+    return sorted((p for p in folder.glob("step-*") if p.name[5:].isdigit()), key=_iteration)
+
+
+def _iteration(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def latest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a line for each newer one that is torn."""
-    said = []
+    said = [f"checkpoint {p}: the run ended while it was written" for p in sorted(folder.glob(".step-*.partial"))]
     for checkpoint in reversed(iterations(folder)):
         why = fault(checkpoint)
         if why is None:
             return checkpoint, said
-        said.append(f"checkpoint {checkpoint}: {why}; the one before it is used")
+        said.append(f"checkpoint {checkpoint}: {why}; passed over")
     return None, said
 
 
@@ -105,11 +133,13 @@ def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
     return groups, json.loads((checkpoint / "meta.json").read_text())
 
 
-def prune(folder: Path, limit: int, keep: Path | None = None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never `keep`."""
-    for checkpoint in iterations(folder)[:-limit]:
+def prune(folder: Path, newest: Path, limit: int, keep: Path | None = None) -> None:
+    """Delete all but the last `limit` checkpoints up to `newest`, never `keep`; later ones are torn, and go too."""
+    found = iterations(folder)
+    last = found.index(newest)
+    for checkpoint in (*found[: max(0, last + 1 - limit)], *found[last + 1 :]):
         if checkpoint != keep:
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -64,7 +64,18 @@ class TrainConfig(BaseModel, extra="forbid"):
     validation_guidance_scale: float | None = Field(None, description="of the teacher in previews and report")
     report_to: str | None = Field(None, description="an accelerate tracker: tensorboard, wandb, ...")
     report_num: int | None = Field(None, ge=2, description="samples per row of the final report; none: no report")
-    report_steps: list[int] = Field([4, 2, 1], description="step counts of the student in the report")
+    report_steps: list[PositiveInt] | None = Field(
+        None, description="of the student in the report; default: all it has"
+    )
+    report_teacher_steps: list[PositiveInt] = Field(
+        [50, 4, 1], min_length=1, description="of the teacher in the report"
+    )
+    report_scheduler: str | None = Field(
+        None, description="of the teacher in the report: ddim, dpmsolver++, unipc, ..."
+    )
+    report_prompts: list[str] | None = Field(
+        None, description="files or embedded names, a table each; default: validation_prompts, or those of the training"
+    )
     best_metric: str | None = Field(None, description="keep the checkpoint with the lowest of this logged scalar")
 
     @field_validator("name")

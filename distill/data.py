@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fewstep.distill import checkpoint
 from fewstep.distill.config import TrainConfig
 from fewstep.samplers.condition import Condition, concatenate
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 
 CACHE = "~/.cache/fewstep"
+CACHE_FORMAT = 1
+"""Part of every key: to be raised when the same inputs are to give other tensors."""
 CAPTION_LEVELS = (0.40, 0.35, 0.10)
 """Shares of full, category and category-alone captions of an embedded picture; the rest have none."""
 
@@ -44,7 +47,7 @@ class DataSet(Protocol):
         ...
 
     def key(self) -> str:
-        """A text that names the content, for caches."""
+        """A text that names the images' content, for caches."""
         ...
 
 
@@ -91,7 +94,6 @@ class EmojiImages:
                 choice.append(index[caption])
             self._choices.append(tuple(choice))
         self._edges = np.cumsum(CAPTION_LEVELS)
-        self._key = f"emoji {n} {seed}"
 
     def __len__(self) -> int:
         return len(self.compositions)
@@ -103,7 +105,8 @@ class EmojiImages:
         return torch.from_numpy(self._render(self.compositions[i])).permute(2, 0, 1).float() / 255
 
     def key(self) -> str:
-        return self._key
+        pictures = [self._render(c).tobytes() for c in self.compositions[:256]]  # a new sheet or another rendering
+        return json.dumps([sha256(b"".join(pictures)).hexdigest(), self.compositions])
 
 
 class EmojiPrompts(EmojiImages):
@@ -128,7 +131,7 @@ class ImageFolder:
         bare = [p.name for p in self.paths if not p.with_suffix(".txt").is_file()]
         if bare:
             raise UserError(f"train_data {folder}: {len(bare)} images lack a .txt caption, e.g. {bare[0]}")
-        self.captions = [p.with_suffix(".txt").read_text(encoding="utf-8").strip() for p in self.paths]
+        self.captions = [read_text(p.with_suffix(".txt"), "caption").strip() for p in self.paths]
         self.size = (height, width)
 
     def __len__(self) -> int:
@@ -138,19 +141,22 @@ class ImageFolder:
         return i
 
     def image(self, i: int) -> Tensor:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
 
         height, width = self.size
         try:
             with Image.open(self.paths[i]) as opened:
                 image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (width, height))
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"{self.paths[i]}: cannot be read as an image") from error
+        except Exception as error:  # each format of PIL has its own kinds
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{self.paths[i]}: cannot be read as an image ({why})") from error
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
     def key(self) -> str:
-        entries = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in self.paths]
-        return json.dumps([entries, self.size, self.captions])
+        try:
+            return json.dumps([[sha256(p.read_bytes()).hexdigest() for p in self.paths], self.size])
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
 def data_set(config: TrainConfig, pixels: tuple[int, int]) -> DataSet:
@@ -166,31 +172,59 @@ def data_set(config: TrainConfig, pixels: tuple[int, int]) -> DataSet:
 
 def read_prompts(path: str | Path) -> list[str]:
     """Prompts of a text file, one a line, blank lines left out; UserError where there are none."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts {path}: cannot be read as text ({type(error).__name__})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in read_text(path, "prompts").splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"prompts {path}: the file holds no prompt; one a line is expected")
     return prompts
 
 
-def _cached(config: TrainConfig, kind: str, key: str) -> Path:
+def read_text(path: str | Path, what: str) -> str:
+    """A text file in UTF-8; UserError where it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path}: cannot be read as text in UTF-8 ({type(error).__name__})") from error
+
+
+def made_by(denoiser: Denoiser, names: Iterable[str]) -> str:
+    """Names what makes cached tensors: the class, and of these components the settings, vocabulary and weights.
+
+    Of each tensor up to 4096 entries are read, bit by bit: training moves all of them.
+    """
+    digest = sha256(type(denoiser).__name__.encode())
+    for name in sorted(names):
+        component = denoiser.pipeline.components[name]
+        if isinstance(component, nn.Module):
+            config: Any = component.config
+            settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+            settings = {k: v for k, v in settings.items() if not k.startswith("_") and "version" not in k}
+            digest.update(json.dumps([name, settings], sort_keys=True, default=str).encode())
+            for key, value in component.state_dict().items():
+                picked = value.reshape(-1)[:: max(1, value.numel() // 4096)].contiguous().cpu()
+                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(picked.view(torch.uint8).numpy().tobytes())
+        elif hasattr(component, "get_vocab"):
+            vocabulary = [name, component.model_max_length, component.get_vocab()]
+            digest.update(json.dumps(vocabulary, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _cached(config: TrainConfig, kind: str, *key: Any) -> Path:
     root = Path(os.path.expanduser(config.cache_dir or CACHE))
-    return root / f"{kind}-{sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    return root / f"{kind}-{sha256(json.dumps([CACHE_FORMAT, *key]).encode()).hexdigest()[:32]}.safetensors"
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    try:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with checkpoint.writing(path.parent, "set cache_dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-        os.replace(temporary, path)  # whole or not at all
-    except OSError as error:
-        raise UserError(f"cache {path.parent}: cannot be written ({error.strerror}); set cache_dir") from error
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+            os.replace(temporary, path)  # whole or not at all
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
@@ -203,16 +237,16 @@ def _read(path: Path) -> dict[str, Tensor] | None:
         return None  # torn: computed again
 
 
-def conditions(config: TrainConfig, denoiser: Denoiser, captions: Sequence[str], identity: str) -> Condition:
+def conditions(config: TrainConfig, denoiser: Denoiser, captions: Sequence[str]) -> Condition:
     """Conditions of all captions and the negative prompt, from the cache or computed and cached; on the CPU.
 
     Args:
         config: for the cache folder and negative prompt.
         denoiser: encodes.
         captions: every caption once.
-        identity: names the text encoders' weights.
     """
-    path = _cached(config, "text", json.dumps([identity, list(captions), config.negative_prompt]))
+    encoders = denoiser.pipeline.components.keys() - {"vae", "scheduler", *denoiser.network_names}
+    path = _cached(config, "text", made_by(denoiser, encoders), list(captions), config.negative_prompt)
     stored = _read(path)
     if stored is None:
         with torch.no_grad():
@@ -226,9 +260,10 @@ def conditions(config: TrainConfig, denoiser: Denoiser, captions: Sequence[str],
     return Condition(pick("tensors."), len(captions), pick("negative."))
 
 
-def latents(config: TrainConfig, denoiser: Denoiser, data: DataSet, identity: str) -> Tensor:
+def latents(config: TrainConfig, denoiser: Denoiser, data: DataSet) -> Tensor:
     """Latents of all images, (N, C, ...), from the cache or computed and cached; on the CPU, float32."""
-    path = _cached(config, "latents", json.dumps([identity, data.key()]))
+    encoders = denoiser.pipeline.components.keys() & {"vae"}
+    path = _cached(config, "latents", made_by(denoiser, encoders), data.key())
     stored = _read(path)
     if stored is None:
         parts = []

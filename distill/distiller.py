@@ -46,11 +46,13 @@ class Batch:
 
     Attributes:
         prompts: the captions.
+        shape: of one sample of latents, (C, ...).
         condition: their conditions, with the negative prompt's; None where the method encodes prompts itself.
         x0: latents of real images with these captions, (B, C, ...), or None.
     """
 
     prompts: list[str]
+    shape: tuple[int, ...]
     condition: Condition | None = None
     x0: Tensor | None = None
 

@@ -11,41 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.distill.distiller import Role
+from fewstep.samplers.adapters import Adapted, bare
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
-
-
-class Adapted:
-    """A shared network seen with one of its adapters, or with none (the base)."""
-
-    def __init__(self, module: nn.Module, adapter: str | None):
-        self.module = module
-        self.adapter = adapter
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        activate(self.module, self.adapter)
-        return self.module(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-
-def activate(module: nn.Module, adapter: str | None) -> None:
-    """Make `adapter` the active one, or disable all; nothing else changes.
-
-    peft's own `set_adapter` also flips `requires_grad`: between a student's forward and its backward it would
-    silently drop the student's gradients.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if getattr(module, "_fewstep_active", ()) == adapter:
-        return
-    for layer in module.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer._disable_adapters = adapter is None
-            if adapter is not None:
-                layer._active_adapter = [adapter]
-    module._fewstep_active = adapter  # type: ignore[assignment]
 
 
 class Networks:
@@ -144,11 +112,6 @@ def _add_adapter(module: nn.Module, config: Any, name: str) -> None:
         from peft import inject_adapter_in_model
 
         inject_adapter_in_model(config, module, adapter_name=name)
-
-
-def bare(network: Any) -> nn.Module:
-    """The module behind a view with an adapter."""
-    return network.module if isinstance(network, Adapted) else network
 
 
 def require_grad(roles: dict[str, Role], names: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -16,6 +16,7 @@ import yaml
 from accelerate import Accelerator
 from torch import Tensor
 
+from fewstep.distill import checkpoint
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Distiller
 from fewstep.samplers.condition import Condition
@@ -25,7 +26,17 @@ from fewstep.samplers.plan import sample, uniform_plan
 
 MAY_CHANGE = {
     *("max_train_steps", "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"),
-    *("report_to", "report_num", "report_steps", "output_dir", "cache_dir", "best_metric"),
+    *(
+        "report_to",
+        "report_num",
+        "report_steps",
+        "report_teacher_steps",
+        "report_scheduler",
+        "report_prompts",
+        "output_dir",
+        "cache_dir",
+        "best_metric",
+    ),
 }
 """Keys that a resumed run may set anew."""
 
@@ -49,7 +60,6 @@ class Record:
     Args:
         config: the run's.
         accelerator: says who is the main process, and owns the trackers.
-        preview: prompts' conditions, seeds and sample shape of the previews, or None.
     """
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator):
@@ -60,27 +70,26 @@ class Record:
         self._teacher: tuple[Denoiser, Tensor | None] | None = None
         self._bar: Any = None
         self._spoke = self._began = time.monotonic()
-        self._metrics: dict[str, float] = {}
 
     def open(self, resume: bool) -> None:
         """Make the folder and write config and environment; UserError where a run is there already."""
-        written = self.folder / "config.yaml"
-        now = self.config.model_dump(mode="json")
-        if written.is_file():
-            if not resume:
-                raise UserError(f"{self.folder}: holds a run already; --resume continues it, name=OTHER starts another")
+        written, now = self.folder / "config.yaml", self.config.model_dump(mode="json")
+        # a folder where nothing was trained yet (the teacher did not load, say) holds no run
+        begun = (self.folder / "metrics.jsonl").is_file() or bool(checkpoint.iterations(self.checkpoints))
+        if begun and not resume:
+            raise UserError(f"{self.folder}: holds a run already; --resume continues it, name=OTHER starts another")
+        if begun and written.is_file():
             then = yaml.safe_load(written.read_text())
-            changed = [k for k in now if k not in MAY_CHANGE and then.get(k) != now[k]]
+            changed = [k for k in now if k not in MAY_CHANGE and then.get(k, now[k]) != now[k]]
             if changed:
                 said = ", ".join(f"{k} (was {then.get(k)!r}, now {now[k]!r})" for k in changed)
                 raise UserError(f"{self.folder}: cannot be resumed with other values of {said}")
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
         if self.accelerator.is_main_process:
-            try:
+            with checkpoint.writing(self.folder, "set output_dir"):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                written.write_text(yaml.safe_dump(now, sort_keys=False))
-                (self.folder / "environment.json").write_text(json.dumps(environment(), indent=2))
-            except OSError as error:
-                raise UserError(f"{self.folder}: cannot be written ({error.strerror}); set output_dir") from error
+                checkpoint.write_text(written, yaml.safe_dump(now, sort_keys=False))
+                checkpoint.write_text(self.folder / "environment.json", json.dumps(environment(), indent=2))
         self.accelerator.wait_for_everyone()
         if self.config.report_to:
             self.accelerator.init_trackers("fewstep")
@@ -90,7 +99,7 @@ class Record:
         if self.accelerator.is_main_process:
             print(line, file=sys.stderr, flush=True)
 
-    def progress(self, iterations: Iterable[int]) -> Iterator[int]:
+    def progress(self, iterations: Iterable[int]) -> Generator[int]:
         """A bar with rate and time left on a terminal, plain lines elsewhere."""
         if not (self.accelerator.is_main_process and sys.stderr.isatty()):
             yield from iterations
@@ -114,7 +123,8 @@ class Record:
         if not self.accelerator.is_main_process:
             return
         elapsed = time.monotonic() - self._began
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        path = self.folder / "metrics.jsonl"
+        with checkpoint.writing(path, "checkpoints are whole"), path.open("a") as file:
             file.write(json.dumps({"iteration": iteration, **values, "seconds": round(elapsed, 3)}) + "\n")
         if self.config.report_to:
             self.accelerator.log(values, step=iteration)
@@ -137,7 +147,8 @@ class Record:
                         kept.append(line)
                 except json.JSONDecodeError:
                     continue  # torn by a kill
-            path.write_text("".join(line + "\n" for line in kept))
+            with checkpoint.writing(path, "checkpoints are whole"):
+                checkpoint.write_text(path, "".join(line + "\n" for line in kept))
 
     def previews(self, teacher: Denoiser, condition: Condition) -> None:
         """Fix what the previews show: these conditions, one seed each."""
@@ -162,8 +173,9 @@ class Record:
         for steps in sorted(method.step_counts, reverse=True):
             rows.append(pictures(student, sample(student, condition, method.plan(steps), seeds, shape)))
         path = self.folder / "samples" / f"step-{iteration:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        save_image(torch.cat(rows), path, nrow=condition.size, padding=2)
+        with checkpoint.writing(path, "checkpoints are whole"):
+            path.parent.mkdir(exist_ok=True)
+            save_image(torch.cat(rows), path, nrow=condition.size, padding=2)
 
 
 def pixels_shape(config: TrainConfig, denoiser: Denoiser) -> tuple[int, ...]:

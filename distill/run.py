@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from fewstep.distill import data as data_sets
+from fewstep.distill import report
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import ConfigError, TrainConfig, load_config
 from fewstep.distill.data import DataSet
@@ -66,7 +67,18 @@ def train(
     """
     if not isinstance(config, TrainConfig):
         config = load_config(config)
+    record = _fit(config, resume, teacher, data)
+    # from what lies in the folder, once training's networks are out of memory
+    if config.report_num is not None and record.accelerator.is_main_process:
+        report.report_run(config.run_dir, record.say)
+    return config.run_dir
+
+
+def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: DataSet | None) -> Record:
+    """Train and save the student."""
     refuse(config)
+    if teacher is None:
+        family(class_of(config.teacher, config.revision))
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=str(config.run_dir)
     )
@@ -74,7 +86,6 @@ def train(
     record.open(resume)
     set_seed(config.seed)  # for modules that initialise themselves; every draw of the loop has its own key
     if teacher is None:
-        family(class_of(config.teacher, config.revision))
         teacher = load(config.teacher, config.revision, config.variant)
     shape = pixels_shape(config, teacher)
     teacher = teacher.at(shape)
@@ -82,23 +93,24 @@ def train(
     if data is None:
         data = data_sets.data_set(config, teacher.pixels(config.height, config.width))
     mark = fingerprint(teacher)
-    identity = f"{type(teacher).__name__} {mark}"
     keep_encoder = getattr(config, "train_text_encoder", False)
     with accelerator.main_process_first():
-        condition = None if keep_encoder else data_sets.conditions(config, teacher, data.captions, identity)
+        condition = None if keep_encoder else data_sets.conditions(config, teacher, data.captions)
         latents = None
         if "images" in distiller(config.method).needs:
-            latents = data_sets.latents(config, teacher, data, identity)
+            latents = data_sets.latents(config, teacher, data)
         shown = None
         if config.validation_prompts and not keep_encoder:
-            shown = data_sets.conditions(config, teacher, config.validation_prompts, identity)
+            shown = data_sets.conditions(config, teacher, config.validation_prompts)
     teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
     networks = networks_of(config, teacher)
     method = methods_distiller(config, networks)
+    report.check(config, method.step_counts)
     if shown is not None:
         record.previews(networks.teacher().denoiser, shown)
     batches = Batches(
         data,
+        shape,
         condition,
         latents,
         config.seed,
@@ -131,4 +143,4 @@ def train(
     accelerator.wait_for_everyone()
     if config.report_to:
         accelerator.end_training()
-    return config.run_dir
+    return record

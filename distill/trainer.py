@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 
 from fewstep.distill import checkpoint
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Distiller, Losses, Role
+from fewstep.distill.interrupt import Interrupted, Signals
 from fewstep.distill.networks import require_grad, swapped, update_average
+from fewstep.distill.random import generator
 from fewstep.distill.record import Record
 from fewstep.samplers.errors import UserError
 
-
-class Interrupted(Exception):
-    """A signal ended the run after a whole iteration; a checkpoint was written."""
+NON_FINITE = "non-finite losses"
+# Before torch 2.10 a cast cached without graph (a student's sample) was used again, and lost the gradients.
+AUTOCAST = AutocastKwargs(cache_enabled=False)
 
 
 def learning_rate(config: TrainConfig, base: float, iteration: int) -> float:
@@ -54,7 +56,8 @@ class Trainer:
         self.iteration = 0
         self.skipped = 0
         self.best: tuple[float, int] | None = None
-        self._signal: int | None = None
+        self.scalars: dict[str, float] = {}  # the latest of each name: not every role steps in every iteration
+        self.signals = Signals(speaks=accelerator.is_main_process)
         self.rates = {n: getattr(config, f"{n}_learning_rate", None) or config.learning_rate for n in self.roles}
         self.optimizers = {n: self._optimizer(n, r) for n, r in self.roles.items() if r.trained}
         self.average: dict[str, Tensor] | None = None
@@ -74,48 +77,53 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last iteration, writing logs, previews and checkpoints."""
-        with self._signals():
-            for i in self.record.progress(range(self.iteration, self.config.max_train_steps)):
-                scalars = self.step(i)
+        iterations = range(self.iteration, self.config.max_train_steps)
+        with self.signals, closing(self.record.progress(iterations)) as counted:
+            for i in counted:
+                self.scalars |= self.step(i)
                 self.iteration = i + 1
-                self._after(scalars)
-        self.save()
+                self._after()
 
-    def step(self, i: int) -> dict[str, float | Tensor]:
-        """One iteration: every role of `updates(i)` steps once; named scalars, averaged over micro-batches."""
+    def step(self, i: int) -> dict[str, float]:
+        """One iteration: every role of `updates(i)` steps once; named scalars, means over micro-batches and processes."""
+        # for what draws from torch's own generator, such as dropout: also a function of the iteration
+        torch.manual_seed(generator(self.config.seed, "torch", i, self.batches.rank).initial_seed())
         names = self.method.updates(i)
         ready: list[Any] = [None] * self.config.gradient_accumulation_steps
-        said: dict[str, float | Tensor] = {}
+        said: dict[str, float] = {}
         for name in names:
-            totals: dict[str, Tensor] = {}
+            totals = {NON_FINITE: torch.zeros((), device=self.accelerator.device)}
             for m in range(len(ready)):
                 if ready[m] is None:
                     batch, rng = self.batches(i, m)
                     require_grad(self.roles, names)
-                    with self.accelerator.autocast():
+                    with self.accelerator.autocast(AUTOCAST):
                         ready[m] = batch, self.method.draw(batch, rng, i, names)
                 require_grad(self.roles, [name])
-                for losses in self._losses(name, *ready[m], i):
-                    self._finite(losses.total, name, "loss")
+                batch, draws = ready[m]
+                for losses in self._losses(name, batch, draws, i):
                     self.accelerator.backward(losses.total / len(ready))
+                    totals[NON_FINITE] += ~losses.total.detach().isfinite().all()
                     for key, value in losses.scalars.items():
                         totals[key] = totals.get(key, 0) + value.detach() / len(ready)
-            said[f"{name}/grad_norm"] = self._update(name, i)
-            said |= {f"{name}/{k}": v for k, v in totals.items()}
-            self.method.after_step(name, i, {k: float(self.accelerator.reduce(v, "mean")) for k, v in totals.items()})
+                if name == names[-1]:
+                    ready[m] = draws = None  # frees what they hold before the next are drawn
+            values = self._update(name, i, totals)
+            said |= {f"{name}/{k}": v for k, v in values.items()}
         return said
 
     def _losses(self, name: str, batch: Any, draws: Any, i: int) -> Iterator[Losses]:
         """The method's losses, each built under autocast and differentiated outside of it."""
         losses = iter(self.method.loss(name, batch, draws, i))
         while True:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(AUTOCAST):
                 value = next(losses, None)
             if value is None:
                 return
             yield value
 
-    def _update(self, name: str, i: int) -> Tensor:
+    def _update(self, name: str, i: int, totals: dict[str, Tensor]) -> dict[str, float]:
+        """Step a role with the gradients that lie ready; its scalars and the norm of its gradient."""
         role, optimizer = self.roles[name], self.optimizers[name]
         parameters = list(role.parameters.values())
         if self.accelerator.num_processes > 1:
@@ -124,14 +132,16 @@ class Trainer:
             group["lr"] = learning_rate(self.config, self.rates[name], i)
         self.accelerator.unscale_gradients(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        scaled = self.accelerator.scaler is not None
-        if not scaled:
-            self._finite(norm, name, "gradient")
+        values = self._read({**totals, "grad_norm": norm})
+        if values.pop(NON_FINITE):
+            self._not_finite(name, "loss", i)
+        if self.accelerator.scaler is None and not math.isfinite(values["grad_norm"]):
+            self._not_finite(name, "gradient", i)
         optimizer.step()
         optimizer.zero_grad()
-        if scaled and optimizer.step_was_skipped:
+        if self.accelerator.scaler is not None and optimizer.step_was_skipped:
             self.skipped += 1
-            return norm
+            return values
         for other in self.roles.values():
             if other.ema_of == name:
                 target = {k: p.data for k, p in other.parameters.items()}
@@ -139,45 +149,46 @@ class Trainer:
         if name == "student" and self.average is not None:
             decay = min(self.config.ema_decay or 0, (i + 1) / (i + 10))  # a start that forgets the first weights
             update_average(self.average, role.parameters, decay)
-        return norm
+        self.method.after_step(name, i, {k: v for k, v in values.items() if k in totals})
+        return values
 
-    def _finite(self, value: Tensor, name: str, what: str) -> None:
-        if not torch.isfinite(value.detach()).all():
-            whole, _ = checkpoint.latest(self.record.checkpoints)
-            kept = f"the last good checkpoint is {whole}" if whole else "no checkpoint was written yet"
-            raise UserError(
-                f"iteration {self.iteration}: the {what} of {name} is not finite; {kept}. "
-                "Try a lower learning_rate, or mixed_precision: bf16 instead of fp16"
-            )
+    def _read(self, scalars: dict[str, Tensor]) -> dict[str, float]:
+        """Means over processes as floats: one message, and one wait for the device."""
+        together = torch.stack([v.float().reshape(()) for v in scalars.values()])
+        return dict(zip(scalars, mean(self.accelerator, together).tolist(), strict=True))
 
-    def _after(self, scalars: dict[str, float | Tensor]) -> None:
+    def _not_finite(self, name: str, what: str, i: int) -> NoReturn:
+        whole, _ = checkpoint.latest(self.record.checkpoints)
+        kept = f"the last good checkpoint is {whole}" if whole else "no checkpoint was written yet"
+        cure = "a lower learning_rate" + (", or mixed_precision: bf16" if self.config.mixed_precision == "fp16" else "")
+        raise UserError(f"iteration {i + 1}: the {what} of {name} is not finite; {kept}. Try {cure}")
+
+    def _after(self) -> None:
         c, done = self.config, self.iteration
-        if done % c.logging_steps == 0 or done == c.max_train_steps:
-            values = {k: float(v) for k, v in scalars.items()}
+        last = done == c.max_train_steps
+        if last or done % c.logging_steps == 0:
             rate = learning_rate(c, c.learning_rate, done - 1)
-            extra = {"skipped": self.skipped} if self.skipped else {}
-            self.record.log(done, {"learning_rate": rate, **values, **extra})
-            self._keep_best(values)
-        stop = self._signal is not None
-        if (done % c.checkpointing_steps == 0 or stop) and done < c.max_train_steps:
+            extra = {"skipped": float(self.skipped)} if self.skipped else {}
+            self.record.log(done, {"learning_rate": rate, **self.scalars, **extra})
+            self._metric_exists()
+        due, stop = last or done % c.checkpointing_steps == 0, self._stopping()
+        value = self.scalars.get(c.best_metric or "")
+        if due and value is not None and (self.best is None or value < self.best[0]):
+            self.best = (value, done)
+        if due or stop:  # once an iteration: a whole checkpoint is never written over
             self.save()
-        if c.validation_steps and done % c.validation_steps == 0:
+        if c.validation_steps and done % c.validation_steps == 0 and not last:
             with self.averaged():
                 self.record.preview(self.method, self.roles["student"].denoiser, done)
-        if stop and done < c.max_train_steps:
+        if stop and not last:
+            self.accelerator.wait_for_everyone()  # a launcher ends all processes when one ends
             raise Interrupted(f"stopped at iteration {done} of {c.max_train_steps}; go on with --resume")
 
-    def _keep_best(self, values: dict[str, float]) -> None:
-        metric = self.config.best_metric
-        if metric is None:
-            return
-        if metric not in values:
-            if self.iteration == self.config.max_train_steps:
-                raise UserError(f"best_metric {metric} was never logged; logged: {', '.join(sorted(values))}")
-            return
-        if self.best is None or values[metric] < self.best[0]:
-            self.best = (values[metric], self.iteration)
-            self.save()
+    def _metric_exists(self) -> None:
+        """UserError as soon as every role has stepped and none logs `best_metric`."""
+        metric, stepped = self.config.best_metric, {key.split("/")[0] for key in self.scalars}
+        if metric is not None and metric not in self.scalars and self.optimizers.keys() <= stepped:
+            raise UserError(f"best_metric {metric}: never logged; logged: {', '.join(sorted(self.scalars))}")
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -191,6 +202,7 @@ class Trainer:
             return
         tensors: dict[str, dict[str, Tensor]] = {}
         meta: dict[str, Any] = {"optimizers": {}, "method": self.method.state_dict(), "best": self.best}
+        meta |= {"scalars": self.scalars, "skipped": self.skipped}
         for name, role in self.roles.items():
             if role.parameters:
                 tensors[name] = {k: p.data for k, p in role.parameters.items()}
@@ -200,17 +212,18 @@ class Trainer:
             tensors["average"] = self.average
         if self.accelerator.scaler is not None:
             meta["scaler"] = self.accelerator.scaler.state_dict()
-        meta["skipped"] = self.skipped
-        checkpoint.save(self.record.checkpoints, self.iteration, tensors, meta)
+        newest = checkpoint.save(self.record.checkpoints, self.iteration, tensors, meta)
         best = self.record.checkpoints / f"step-{self.best[1]:06d}" if self.best else None
-        checkpoint.prune(self.record.checkpoints, self.config.checkpoints_total_limit, best)
+        checkpoint.prune(self.record.checkpoints, newest, self.config.checkpoints_total_limit, best)
 
     def resume(self) -> bool:
-        """Continue from the newest whole checkpoint; False where there is none."""
+        """Continue from the newest whole checkpoint; False where there is none, and training starts anew."""
         whole, said = checkpoint.latest(self.record.checkpoints)
         for line in said:
             self.record.say(line)
         if whole is None:
+            self.record.rewind(0)
+            self.record.say(f"no whole checkpoint in {self.record.checkpoints}: starting at iteration 0")
             return False
         groups, meta = checkpoint.load(whole)
         for name, role in self.roles.items():
@@ -223,30 +236,18 @@ class Trainer:
         if self.accelerator.scaler is not None and "scaler" in meta:
             self.accelerator.scaler.load_state_dict(meta["scaler"])
         self.method.load_state_dict(meta["method"])
-        self.iteration, self.skipped = meta["iteration"], meta["skipped"]
+        self.iteration, self.skipped, self.scalars = meta["iteration"], meta["skipped"], meta["scalars"]
         self.best = tuple(meta["best"]) if meta["best"] else None
         self.record.rewind(self.iteration)
         self.record.say(f"resumed from {whole} at iteration {self.iteration}")
         return True
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the current iteration; a second one ends it at once."""
-
-        def handle(number: int, _: object) -> None:
-            self._signal = number
-            signal.signal(number, previous[number])
-
-        try:
-            previous = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: the caller owns the signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def _stopping(self) -> bool:
+        """Whether a signal came to any process, so that all end after the same iteration."""
+        if self.accelerator.num_processes == 1:
+            return self.signals.came
+        flag = torch.tensor(float(self.signals.came), device=self.accelerator.device)
+        return mean(self.accelerator, flag).item() > 0
 
 
 def _fill(into: dict[str, Tensor], values: dict[str, Tensor], where: Path) -> None:
@@ -256,10 +257,19 @@ def _fill(into: dict[str, Tensor], values: dict[str, Tensor], where: Path) -> No
         value.copy_(values[key])
 
 
-def average_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
-    """Mean of the gradients over processes, one message; DDP's wrapper fails over a base with two adapters."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    flat = accelerator.reduce(flat, "mean")
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.reshape(gradient.shape))
+def mean(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """Mean over processes."""
+    return cast(Tensor, accelerator.reduce(value, "mean"))
+
+
+def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """Mean of the gradients over processes, one message; DDP's wrapper fails over a base with two adapters.
+
+    A parameter that no process used (an expert for other levels) keeps its gradient None, as on one process.
+    """
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = mean(accelerator, torch.cat([used, *(g.reshape(-1) for g in parts)]))
+    used, *means = flat.split([len(parameters), *(g.numel() for g in parts)])
+    for parameter, gradient, by_any in zip(parameters, means, used.tolist(), strict=True):
+        parameter.grad = gradient.reshape(parameter.shape) if by_any else None

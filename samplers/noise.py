@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from fewstep.samplers.errors import UserError
 from torch import Tensor
+
+from fewstep.samplers.errors import UserError
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
@@ -197,6 +198,10 @@ class Flow(NoiseProcess):
     def shift(self, u: Tensor) -> Tensor:
         return self.factor * u / (1 + (self.factor - 1) * u)
 
+    def unshift(self, t: Tensor) -> Tensor:
+        """The inverse of `shift`."""
+        return t / (self.factor - (self.factor - 1) * t)
+
     def model_time(self, t: Tensor) -> Tensor:
         return t * self.time_scale
 
@@ -216,7 +221,7 @@ class EDM(NoiseProcess):
         self.rho = rho
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
+        return 1 + 0 * t  # a constant with a derivative
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_max * t**self.rho
@@ -275,6 +280,11 @@ def from_config(config: Mapping[str, Any], sequence_length: int | None = None) -
     raise UserError(
         f"scheduler {name or dict(config)}: no noise process known for it; known: DDPM-like, flow, EDM, SCM"
     )
+
+
+def from_scheduler(scheduler: Any, sequence_length: int | None = None) -> NoiseProcess:
+    """`from_config` of a scheduler in memory, whose config names its class only if it was loaded from a file."""
+    return from_config({**scheduler.config, "_class_name": type(scheduler).__name__}, sequence_length)
 
 
 def _shift_factor(config: Mapping[str, Any], sequence_length: int | None) -> float:

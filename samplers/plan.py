@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fewstep.samplers.errors import UserError
-from fewstep.samplers.rules import RULES, add_noise, randn
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
+
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.noise import Flow
+from fewstep.samplers.rules import RULES, add_noise, randn
 
 if TYPE_CHECKING:
     from fewstep.samplers.condition import Condition
@@ -80,6 +83,11 @@ def plan_of_scheduler(scheduler: Any, denoiser: Denoiser, steps: int, guidance_s
         scheduler.set_timesteps(steps)
         times, n = scheduler.timesteps.double(), scheduler.config.num_train_timesteps
         levels = noise.from_model_time(times).tolist()
+        if (times[:-1] - n // steps != times[1:]).any():  # it subtracts n // steps whatever comes next
+            raise UserError(
+                f"DDIMScheduler with {scheduler.config.timestep_spacing} spacing does not start {steps} steps where the "
+                f"ones before ended, as a plan must; choose leading, or trailing with a divisor of {n}"
+            )
         last = times[-1].item() - n // steps
         end = 0.0 if last < 0 and scheduler.config.set_alpha_to_one else (max(last, 0) + 1) / n
         return plan_of_levels(levels, end, guidance_scale)
@@ -89,8 +97,13 @@ def plan_of_scheduler(scheduler: Any, denoiser: Denoiser, steps: int, guidance_s
         top = scheduler.sigmas[0].double()  # latents start as init_noise_sigma z in units where alpha is 1
         scale = float(scheduler.init_noise_sigma / (1 + top.square()).sqrt())
         return plan_of_levels(levels, 0.0, guidance_scale, initial_scale=scale)
-    if name == "FlowMatchEulerDiscreteScheduler":
-        return uniform_plan(steps, guidance_scale)
+    if name == "FlowMatchEulerDiscreteScheduler" and isinstance(noise, Flow):
+        config, factor = scheduler.config, noise.factor
+        mu = factor if config.time_shift_type == "linear" else math.log(factor)
+        scheduler.set_timesteps(steps, mu=mu if config.use_dynamic_shifting else None)
+        levels = noise.unshift(scheduler.sigmas[:-1].double()).clamp(max=1).tolist()
+        rule = "consistency" if config.stochastic_sampling else "ode"
+        return plan_of_levels(levels, 0.0, guidance_scale, rule=rule)
     raise UserError(f"{name} is no first-order scheduler with a plan; known: DDIM, EulerDiscrete, FlowMatchEuler")
 
 
@@ -135,7 +148,10 @@ def sample(
             told = None if step.told is None else d.noise.shift(torch.tensor(step.told, dtype=torch.float64))
             x0 = d.guided_x0(x, t, condition, step.guidance_scale, told)
             if d.noise.clip_range is not None:
-                x0 = x0.clamp(-d.noise.clip_range, d.noise.clip_range)
+                clipped = x0.clamp(-d.noise.clip_range, d.noise.clip_range)
+                if plan.rule != "sde":  # diffusers' DDIM keeps the noise of the unclipped prediction, its DDPM does not
+                    x = x + d.noise.levels(t, x)[0] * (clipped - x0)
+                x0 = clipped
             if callback:
                 callback(i, x0)
             x = add_noise(*rule(x, x0, t, s, d.noise, z), random).float() if step.to > 0 else x0.float()

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from fewstep.samplers.noise import NoiseProcess
 from torch import Tensor
+
+from fewstep.samplers.noise import NoiseProcess
 
 
 class Rule(Protocol):

@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-import fewstep.samplers  # noqa: E402, F401  before any test imports diffusers: see fewstep.samplers.compat
+import fewstep.samplers  # noqa: F401  before any test imports diffusers: see fewstep.samplers.compat
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import fewstep.samplers  # noqa: F401  declares torchvision's operators before anything imports diffusers
 import torch
+
+import fewstep.samplers  # noqa: F401  declares torchvision's operators before anything imports diffusers
 
 PROMPTS = ["a red apple on a blue background", "a cat"]
 CHARACTERS = string.ascii_lowercase + string.digits + string.punctuation
@@ -27,9 +28,9 @@ def seeded(build: Callable[..., Any]) -> Callable[..., Any]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             pipeline = build(**options)
-            for name, module in sorted(pipeline.components.items()):
+            for module in pipeline.components.values():
                 if isinstance(module, torch.nn.Module):
-                    fill(module, gain=1.0 if "vae" in name else 1.5)
+                    fill(module)
         pipeline.set_progress_bar_config(disable=True)
         if folder is not None:
             pipeline.save_pretrained(folder, safe_serialization=True)
@@ -38,19 +39,19 @@ def seeded(build: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def fill(module: torch.nn.Module, gain: float = 1.0) -> None:
-    """Random weights of variance gain^2 / fan_in, biases and tables of 0.1, norms near 1; for inference."""
+def fill(module: torch.nn.Module) -> None:
+    """Random weights of variance 1 / fan_in, small tables and biases, norms near 1, outputs of about 0.5."""
     module.requires_grad_(False).eval()
     for name, p in module.named_parameters():
         if "norm" in name and p.ndim == 1 and name.endswith("weight"):
             p.normal_(1, 0.1)
         elif p.ndim >= 2 and "table" not in name and "embedding" not in name:
-            p.normal_(0, gain / p[0].numel() ** 0.5)
+            p.normal_(0, (0.5 if name.startswith(("conv_out", "proj_out")) else 1.0) / p[0].numel() ** 0.5)
         else:
             p.normal_(0, 0.3 if p.ndim >= 2 else 0.1)
 
 
-def clip_tokenizer(length: int = 16) -> Any:
+def clip_tokenizer(length: int = 32) -> Any:
     """A CLIPTokenizer of characters."""
     from transformers import CLIPTokenizer
 
@@ -232,4 +233,3 @@ def tiny_ddpm(prediction_type: str = "epsilon", clip_sample: bool = True, learne
     return DDPMPipeline(
         unet, DDPMScheduler(prediction_type=prediction_type, clip_sample=clip_sample, variance_type=variance)
     )
-

@@ -60,7 +60,6 @@ def main(package: str, out: str, iterations: int = 6000) -> None:
     """Train, report every 200 iterations, write OUT/vae."""
     from diffusers import AutoencoderKL
 
-    import fewstep.samplers  # noqa: F401  before diffusers: makes torchvision importable
 
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
+
 from fewstep.samplers.condition import Condition, concatenate
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.noise import NoiseProcess, from_config
-from torch import Tensor
+from fewstep.samplers.noise import NoiseProcess, from_scheduler
 
 
 class Denoiser(ABC):
@@ -25,13 +26,16 @@ class Denoiser(ABC):
     """
 
     network_names: ClassVar[tuple[str, ...]] = ("transformer",)
-    """Names, in the pipeline, of the modules that predict; the first always exists."""
+    """Names, in the pipeline, of the modules that predict; where some are missing, the others make up `networks`."""
 
     lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     """Ends of the names of the layers that a LoRA adapts by default."""
 
     takes_lora: ClassVar[bool] = True
     """Whether the pipeline has `load_lora_weights`."""
+
+    takes_prompts: ClassVar[bool] = True
+    """Whether prompts say anything to it; where not, `encode` only counts them."""
 
     takes_guidance: bool = False
     """Whether the network has a guidance input."""
@@ -70,7 +74,7 @@ class Denoiser(ABC):
 
     def noise_process(self, latent_shape: tuple[int, ...] | None) -> NoiseProcess:
         """From the pipeline's scheduler; families with a dynamic shift use the shape."""
-        return from_config(self.pipeline.scheduler.config)
+        return from_scheduler(self.pipeline.scheduler)
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser, pipeline_size
-from torch import Tensor
+from fewstep.samplers.denoisers.vae import images_of_latents, latents_of_images
 
 UNET_LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -61,11 +63,7 @@ class StableDiffusion(Denoiser):
         return config.in_channels, height // factor, width // factor
 
     def to_latents(self, images: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        latents = vae.encode((2 * images - 1).to(vae.dtype)).latent_dist.mode().float()
-        return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        return latents_of_images(self.pipeline.vae, images)
 
     def to_images(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        z = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        return vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5
+        return images_of_latents(self.pipeline.vae, latents)

@@ -1,0 +1,130 @@
+"""What `fewstep train` and `accelerate launch -m fewstep.distill` share: one command, one way to say what went wrong.
+
+Imports no torch, so that a refused config is answered at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+EXPECTED = {
+    "fewstep.distill.config": ("ConfigError", 2),
+    "fewstep.samplers.errors": ("UserError", 2),
+    "fewstep.distill.trainer": ("Interrupted", 130),
+}
+"""Module, exception and exit code of what a user can cause."""
+
+
+def answer(action: Callable[[], Any], debug: bool = False) -> int:
+    """Run a command; its exit code. What the user caused is one line per mistake on stderr, with `debug` a traceback too."""
+    try:
+        action()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = expected(error)
+        if code is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        for line in str(error).splitlines() or [type(error).__name__]:
+            print(line, file=sys.stderr)
+        return code
+    return 0
+
+
+def expected(error: Exception) -> int | None:
+    """Exit code of an error that a user can cause; None for a bug."""
+    for module, (name, code) in EXPECTED.items():
+        kind = getattr(sys.modules.get(module), name, None)  # what was never imported was never raised
+        if kind is not None and isinstance(error, kind):
+            return code
+    return None
+
+
+def quiet() -> None:
+    """Silence the libraries' warnings, and their progress bars but those of downloads."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import fewstep.samplers  # noqa: F401  before diffusers: see fewstep.samplers.compat
+
+    import diffusers.utils.logging as of_diffusers  # isort: skip
+    import huggingface_hub.utils as of_hub
+    import transformers.utils.logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()  # and, beside its own, the hub's
+    of_hub.enable_progress_bars()
+
+
+def train_command(
+    config: str, overrides: Sequence[str] = (), resume: bool = False, dry_run: bool = False, debug: bool = False
+) -> None:
+    """`train`: the run, then on the main process its table and where things are."""
+    from fewstep.distill.config import load_config
+
+    checked = load_config(config, overrides)
+    if not debug:
+        quiet()
+    if dry_run:
+        print(dry(checked))
+        return
+    from accelerate import PartialState
+
+    from fewstep.distill.run import train
+
+    folder = train(checked, resume)
+    if not PartialState().is_main_process:
+        return
+    if checked.report_num is not None:
+        import json
+
+        from fewstep.distill.report import PICTURE, show
+
+        show(json.loads((folder / "report.json").read_text()))
+        print(f"picture  {folder / PICTURE}")
+    print(f"student  {folder / 'student'}")
+
+
+def dry(config: Any) -> str:
+    """The resolved config, the roles and the cost of an iteration, without training or writing anything."""
+    import yaml
+
+    from fewstep.distill import report
+    from fewstep.distill.run import methods_distiller, networks_of, refuse
+    from fewstep.samplers.load import load
+
+    refuse(config)
+    method = methods_distiller(config, networks_of(config, load(config.teacher, config.revision, config.variant)))
+    report.check(config, method.step_counts)
+    roles = [["role", "weights", "trained parameters"]]
+    for name, role in method.roles().items():
+        count = sum(p.numel() for p in role.parameters.values())
+        what = "LoRA on the shared base" if role.adapter else "a copy" if role.parameters else "the teacher's"
+        average = f"moving average of {role.ema_of}" if role.ema_of else ""
+        roles.append([name, what, average or (f"{count:,}" if role.trained else "none: frozen")])
+    cost = [["an iteration that updates", "forwards", "backwards"]]
+    for name, calls in method.forwards().items():
+        cost.append([name, f"{calls['forward'] + calls['backward']:g}", f"{calls['backward']:g}"])
+    counts = ", ".join(map(str, method.step_counts))
+    return "\n\n".join(
+        [
+            yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).strip(),
+            columns(roles),
+            columns(cost) + "\n(rows through a network, divided by the batch size)",
+            f"the student samples in {counts} steps; the run would be written to {config.run_dir}",
+        ]
+    )
+
+
+def columns(table: Sequence[Sequence[str]]) -> str:
+    """A table as aligned text."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table)

@@ -1,0 +1,231 @@
+"""Rows of a report: who samples, the images with their cost, and the figures of the images."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.distill.prompt_sets import PromptSet
+from fewstep.samplers.baseline import counted, default_scheduler, has_spacing, scheduler_of, stock_images
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import family, load_pipeline
+from fewstep.samplers.plan import sample
+from fewstep.samplers.student import Manifest
+
+Figures = dict[str, tuple[float, float]]
+"""(value, standard error) by name."""
+
+EMOJI = (
+    *("fd_emoji", "fd_emoji_corrected", "clip_emoji", "background_accuracy", "category_accuracy"),
+    *("coverage", "blends", "diversity"),
+)
+"""Figures of pictures whose prompts are the embedded ones."""
+
+BASIC = ("psnr_to_teacher", "pixel_distance")
+"""Figures of any pictures: against the teacher's many-step picture of the same noise, and among those of one prompt."""
+
+
+REFERENCE_SEED, REAL_SEED = 20_000, 40_000
+"""Seeds of the real renderings that rows are compared with, and of those that are a row themselves."""
+
+Progress = Callable[[int], None]
+"""Told how many images were drawn."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A row before it is measured: `images(prompts, seeds)` are (B, 3, H, W) or (B, F, 3, H, W) in 0..1, on the CPU."""
+
+    source: str
+    role: Literal["teacher", "student"]
+    steps: int
+    guidance: float
+    scheduler: str
+    networks: list[nn.Module]
+    images: Callable[[Sequence[str], Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images of a row, uint8, (N, 3, H, W) or (N, F, 3, H, W), and their measured cost."""
+
+    images: Tensor
+    seconds_per_image: float
+    nfe: float
+
+
+def device() -> str:
+    """Where a command samples."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Teacher:
+    """A pipeline sampled by stock schedulers.
+
+    Args:
+        source: pipeline folder, embedded:NAME or hub id.
+        revision: of a hub id.
+        variant: of the weights' files.
+        negative_prompt: of every image.
+        size: height, width, num_frames; None: the pipeline's own.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        revision: str | None = None,
+        variant: str | None = None,
+        negative_prompt: str = "",
+        **size: int | None,
+    ):
+        self.source, self.negative_prompt, self.size = source, negative_prompt, size
+        self.pipeline: Any = load_pipeline(source, revision, variant).to(device())
+        self.own = self.pipeline.scheduler
+
+    def sampler(
+        self, steps: int, guidance: float = 1.0, scheduler: str | None = None, spacing: str | None = None
+    ) -> Sampler:
+        """The teacher in `steps` steps; scheduler and spacing default to the best known for few steps."""
+        if steps < 1:
+            raise UserError(f"steps {steps}: must be at least 1")
+        name = scheduler or default_scheduler(self.own)
+        if spacing is None and has_spacing(self.own.config):
+            spacing = "trailing"
+        solver = scheduler_of(self.own, name, spacing)
+        said = type(solver).__name__.removesuffix("Scheduler") if name == "own" else name
+
+        def images(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+            self.pipeline.scheduler = solver
+            return stock_images(self.pipeline, prompts, seeds, steps, guidance, self.negative_prompt, **self.size)
+
+        names = family(type(self.pipeline).__name__).network_names
+        networks = [m for n in names if (m := getattr(self.pipeline, n, None)) is not None]
+        return Sampler(
+            self.source, "teacher", steps, guidance, f"{said} ({spacing})" if spacing else said, networks, images
+        )
+
+
+def student_sampler(
+    denoiser: Denoiser, manifest: Manifest, source: str, steps: int, guidance: float | None = None
+) -> Sampler:
+    """A student in `steps` steps by its own plan; `guidance` only where it is an input of the student.
+
+    Raises:
+        UserError: a step count that it does not declare, or a guidance scale that it does not take.
+    """
+    plan = manifest.plan(steps)
+    if guidance is not None:
+        if plan.embedded_guidance is None:
+            raise UserError(f"{source}: the student takes no guidance scale; it was trained at a fixed one")
+        plan = plan.model_copy(update={"embedded_guidance": guidance})
+    shape = denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)
+    scale = plan.embedded_guidance if plan.embedded_guidance is not None else plan.steps[0].guidance_scale
+
+    def images(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        with torch.no_grad():
+            condition = denoiser.encode(prompts)
+        return denoiser.decode(sample(denoiser, condition, plan, seeds, shape))
+
+    networks = [n for n in denoiser.networks.values() if isinstance(n, nn.Module)]
+    return Sampler(source, "student", steps, scale, plan.rule, networks, images)
+
+
+def draw(sampler: Sampler, prompts: PromptSet, batch_size: int = 50, progress: Progress | None = None) -> Drawn:
+    """All images of a row, timed from prompts to pixels, a batch at a time."""
+    parts, seconds = [], 0.0
+    sampler.images(prompts.prompts[:1], prompts.seeds[:1])  # the first call of a process is slow
+    with counted(sampler.networks) as rows:
+        for i in range(0, len(prompts), batch_size):
+            began = time.perf_counter()
+            images = sampler.images(prompts.prompts[i : i + batch_size], prompts.seeds[i : i + batch_size])
+            seconds += time.perf_counter() - began
+            parts.append((images * 255).round().to(torch.uint8))
+            if progress is not None:
+                progress(len(images))
+    return Drawn(torch.cat(parts), seconds / len(prompts), sum(rows) / len(prompts))
+
+
+def default_metrics(prompts: PromptSet) -> tuple[str, ...]:
+    """The figures of a row unless told."""
+    return EMOJI if prompts.embedded else BASIC
+
+
+def check_metrics(names: Sequence[str], prompts: PromptSet) -> None:
+    """Refuse unknown figures, and those that the prompts do not allow."""
+    for name in names:
+        if name not in EMOJI + BASIC:
+            raise UserError(f"metric {name}: unknown; known: {', '.join(EMOJI + BASIC)}")
+        if name in EMOJI and not prompts.embedded:
+            raise UserError(f"metric {name}: needs the embedded prompts, e.g. embedded:emoji, and not {prompts.name}")
+
+
+def reference_pictures(prompts: PromptSet) -> Tensor | None:
+    """Real renderings of the prompts, (N, 3, 64, 64) uint8; None for other prompts than the embedded ones."""
+    if not prompts.embedded:
+        return None
+    from fewstep.metrics.emoji.metrics import renderings
+
+    return renderings(prompts.prompts, REFERENCE_SEED)
+
+
+def figures(
+    images: Tensor,
+    prompts: PromptSet,
+    names: Sequence[str],
+    reference: Tensor | None = None,
+    many: Tensor | None = None,
+) -> Figures:
+    """Those of the named figures that a row has.
+
+    Args:
+        images: (N, 3, H, W) or (N, F, 3, H, W) uint8.
+        prompts: of the row.
+        names: of `EMOJI` and `BASIC`.
+        reference: `reference_pictures(prompts)`.
+        many: the teacher's many-step images of the same noise; None: no `psnr_to_teacher`.
+    """
+    from fewstep.metrics.pixels import mean_distance, psnr
+
+    found: Figures = {}
+    if reference is not None and any(name in EMOJI for name in names):
+        from fewstep.metrics.emoji.metrics import emoji_metrics
+
+        if images.shape[1:] != reference.shape[1:]:
+            got, want = ("x".join(map(str, s.shape[-2:])) for s in (images, reference))
+            raise UserError(f"prompts {prompts.name}: are judged at {want} pixels; these images are {got}")
+        found |= emoji_metrics(images, prompts.prompts, reference, prompts.groups)
+    if many is not None and "psnr_to_teacher" in names:
+        found["psnr_to_teacher"] = psnr(images, many)
+    if "pixel_distance" in names:
+        found["pixel_distance"] = mean_distance(images, prompts.groups)
+    return {name: found[name] for name in names if name in found}
+
+
+@contextmanager
+def bar(total: int, description: str) -> Iterator[Progress | None]:
+    """A progress bar over images on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(description, total=total)
+        yield lambda n: shown.advance(task, n)
+
+
+def is_student(source: str | Path) -> bool:
+    """Whether a source is a run or a student's folder, and not a pipeline."""
+    folder = Path(source)
+    return any((folder / name).is_file() for name in ("fewstep.json", "student/fewstep.json", "config.yaml"))

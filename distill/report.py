@@ -1,0 +1,282 @@
+"""The report: teacher in many and few steps, student in few, real pictures; one N, the same prompts and noise.
+
+`Comparison` collects rows, `write` leaves report.json, report.md, a labelled picture and, for each row, a sheet of all
+its images, from which the figures can be computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from fewstep.distill import checkpoint, picture
+from fewstep.distill.config import ConfigError, TrainConfig, validate
+from fewstep.distill.data import data_set
+from fewstep.distill.evaluation import (
+    REAL_SEED,
+    REFERENCE_SEED,
+    Drawn,
+    Sampler,
+    Teacher,
+    bar,
+    check_metrics,
+    default_metrics,
+    draw,
+    figures,
+    reference_pictures,
+    student_sampler,
+)
+from fewstep.distill.prompt_sets import EMBEDDED, PromptSet, prompt_set
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import load_student
+
+COLUMNS = 8
+"""Images of a row in the picture."""
+
+PICTURE, SHEETS = Path("samples/report.png"), Path("samples/report")
+"""In a run's folder: the labelled picture, and the sheets."""
+
+
+class Comparison:
+    """Rows over one or more sets of prompts.
+
+    Args:
+        sets: the first is the report's own, the others stand behind it as blocks.
+        metrics: names of figures; default: those that suit each set.
+        say: told each row as it is done.
+        sheets: folder that gets a sheet with all images of each row; of further sets in a folder of their number.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[PromptSet],
+        metrics: Sequence[str] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+        sheets: Path | None = None,
+    ):
+        self.sets, self.say, self.sheets = list(sets), say, sheets
+        self.metrics = [list(metrics or default_metrics(s)) for s in self.sets]
+        for prompts, names in zip(self.sets, self.metrics, strict=True):
+            check_metrics(names, prompts)
+        self.references = [reference_pictures(s) for s in self.sets]
+        self.rows: list[list[dict[str, Any]]] = [[] for _ in self.sets]
+        self.shown: list[Tensor] = []
+        self.many: list[Tensor | None] = [None] * len(self.sets)
+        self._real()
+
+    def _real(self) -> None:
+        """Real pictures as a row: what a perfect model would get."""
+        for i, prompts in enumerate(self.sets):
+            if self.references[i] is None:
+                continue
+            from fewstep.metrics.emoji.metrics import renderings
+
+            row = {"source": "real renderings", "role": "reference", "steps": 0, "nfe": 0, "guidance": None}
+            images = renderings(prompts.prompts, REAL_SEED)
+            self._keep(i, row | {"scheduler": None, "seconds_per_image": None}, images)
+
+    def add(self, sampler: Sampler, many: bool = False, batch_size: int = 50) -> None:
+        """Draw and measure a row; `many`: its images are the target of the rows that follow."""
+        for i, prompts in enumerate(self.sets):
+            with bar(len(prompts), f"{sampler.role}, steps {sampler.steps}, {prompts.name}") as progress:
+                drawn = draw(sampler, prompts, batch_size, progress)
+            self.keep(i, sampler, drawn, many)
+
+    def keep(self, i: int, sampler: Sampler, drawn: Drawn, many: bool = False) -> None:
+        """Measure a row of set `i` that is drawn already."""
+        row = {
+            "source": sampler.source,
+            "role": sampler.role,
+            "steps": sampler.steps,
+            "nfe": drawn.nfe,
+            "guidance": sampler.guidance,
+            "scheduler": sampler.scheduler,
+            "seconds_per_image": drawn.seconds_per_image,
+        }
+        self._keep(i, row, drawn.images)
+        if many:
+            self.many[i] = drawn.images
+
+    def _keep(self, i: int, row: dict[str, Any], images: Tensor) -> None:
+        began = time.monotonic()
+        found = figures(images, self.sets[i], self.metrics[i], self.references[i], self.many[i])
+        row["metrics"] = {k: {"value": finite(v), "stderr": finite(e)} for k, (v, e) in found.items()}
+        self.rows[i].append(row)
+        if i == 0:
+            self.shown.append(images[:COLUMNS].clone())
+        if self.sheets is not None:
+            name = f"{len(self.rows[i]) - 1}-{label(row).replace(', ', '-').replace(' ', '-')}.png"
+            picture.save(picture.sheet(images), self.sheets / (str(i) if i else "") / name)
+        cost = "" if row["seconds_per_image"] is None else f", {row['seconds_per_image']:.3f} s an image"
+        took = f", judged in {time.monotonic() - began:.0f} s"
+        self.say(f"report: {label(row)}: {len(images)} images of {self.sets[i].name}{cost}{took}")
+
+    def report(self) -> dict[str, Any]:
+        """What report.json holds."""
+        blocks = []
+        for prompts, rows in zip(self.sets, self.rows, strict=True):
+            block = {"n": len(prompts), "seeds": prompts.seeds, "prompts": prompts.name, "rows": rows}
+            if prompts.embedded:
+                block["reference_seeds"] = {"reference": REFERENCE_SEED, "real renderings": REAL_SEED}
+            blocks.append(block)
+        return {"schema": 1, **blocks[0], "blocks": blocks[1:]}
+
+    def picture(self) -> Any:
+        """The first images of every row of the first set, labelled."""
+        heads = self.sets[0].prompts[:COLUMNS]
+        rows = []
+        for row, images in zip(self.rows[0], self.shown, strict=True):
+            if row["role"] == "reference":
+                continue  # real pictures share no noise with the others
+            guided = f", guidance {row['guidance']:g}" if row["role"] == "teacher" else ""
+            rows.append((label(row), f"{row['scheduler']}{guided}", images))
+        return picture.labelled(rows, heads)
+
+
+def finite(value: float) -> float | None:
+    """A number as JSON has them: None for what is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def label(row: dict[str, Any]) -> str:
+    """`student, 4 steps`."""
+    if row["role"] == "reference":
+        return row["source"]
+    return f"{row['role']}, {row['steps']} step{'s' if row['steps'] != 1 else ''}"
+
+
+def cell(value: float | None, error: float | None) -> str:
+    """`0.953 ± 0.012`, to two digits of the error."""
+    if value is None:
+        return "-"
+    if not error:
+        return f"{value:.3f}"
+    digits = min(4, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def cells(block: dict[str, Any]) -> list[list[str]]:
+    """Header and rows of a block's table."""
+    names = list(dict.fromkeys(name for row in block["rows"] for name in row["metrics"]))
+    sources = len({(row["role"], row["source"]) for row in block["rows"] if row["role"] != "reference"}) > 2
+    table = [["row", "NFE", "s/image", *names]]
+    for row in block["rows"]:
+        seconds = row["seconds_per_image"]
+        said = f"{row['source']}, {row['steps']}" if sources and row["role"] != "reference" else label(row)
+        figures_ = [cell(*((row["metrics"].get(n) or {}).get(k) for k in ("value", "stderr"))) for n in names]
+        nfe = f"{row['nfe']:g}" if row["role"] != "reference" else "-"
+        table.append([said, nfe, "-" if seconds is None else f"{seconds:.3f}", *figures_])
+    return table
+
+
+def heading(block: dict[str, Any]) -> str:
+    """What the rows of a table have in common."""
+    seeds = block["seeds"]
+    said = f"{block['n']} images a row, prompts {block['prompts']}, seeds {seeds[0]} to {seeds[-1]}"
+    if "reference_seeds" in block:
+        said += ", real renderings from seeds " + " and ".join(map(str, block["reference_seeds"].values()))
+    return said
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The tables of a report, aligned so that they read well as they are."""
+    parts = []
+    for block in [report, *report["blocks"]]:
+        table = cells(block)
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in table]
+        rule = "| " + " | ".join("-" * w for w in widths) + " |"
+        parts.append("\n".join([f"{heading(block)}:", "", lines[0], rule, *lines[1:]]))
+    return "\n\n".join(parts) + "\n"
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a report: a table that fits the terminal, elsewhere the text of report.md."""
+    if not sys.stdout.isatty():
+        print(markdown(report))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for block in [report, *report["blocks"]]:
+        head, *lines = cells(block)
+        table = Table(title=heading(block), title_justify="left", box=None, padding=(0, 1), header_style="bold")
+        for name in head:
+            table.add_column(name.replace("_", " "))  # long names break between words
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+        console.print()
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """report.json, and the same as a table in a file of the same name that ends in .md."""
+    with checkpoint.writing(path, "name another file"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+        checkpoint.write_text(path.with_suffix(".md"), markdown(report))
+
+
+def write(comparison: Comparison, folder: Path) -> dict[str, Any]:
+    """report.json, report.md and samples/report.png of a run."""
+    report = comparison.report()
+    picture.save(comparison.picture(), folder / PICTURE)
+    write_json(report, folder / "report.json")
+    return report
+
+
+def prompt_sources(config: TrainConfig) -> list[str | list[str]]:
+    """Prompts of a run's report: `report_prompts`, or else those of the previews, or else those of the training."""
+    if config.report_prompts:
+        return list(config.report_prompts)
+    if config.validation_prompts:
+        return [config.validation_prompts]
+    source = config.prompts or config.train_data
+    if source in EMBEDDED or config.prompts:
+        assert source is not None
+        return [source]
+    return [data_set(config, (8, 8)).captions]  # the captions alone: no image is read
+
+
+def prompt_sets(config: TrainConfig) -> list[PromptSet]:
+    """The sets of a run's report; UserError for what is wrong with them."""
+    assert config.report_num is not None
+    return [prompt_set(source, config.report_num, config.seed) for source in prompt_sources(config)]
+
+
+def check(config: TrainConfig, step_counts: Sequence[int]) -> None:
+    """Refuse, before training, a report that could not be made after it."""
+    if config.report_num is None:
+        return
+    prompt_sets(config)
+    wrong = [k for k in config.report_steps or [] if k not in step_counts]
+    if wrong:
+        allowed = ", ".join(map(str, step_counts))
+        raise ConfigError(f"config: report_steps: {wrong[0]} is not a step count of this student; it has {allowed}")
+
+
+def report_run(folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Make a run's report from what it left behind: its config, its teacher and its `student/`."""
+    config = validate(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    if config.report_num is None:
+        raise UserError(f"{folder}: its config has no report_num, so that it has no report")
+    comparison = Comparison(prompt_sets(config), say=say, sheets=folder / SHEETS)
+    size = {k: v for k in ("height", "width", "num_frames") if (v := getattr(config, k)) is not None}
+    guidance = config.validation_guidance_scale or getattr(config, "guidance_scale", 1.0)
+    teacher = Teacher(config.teacher, config.revision, config.variant, config.negative_prompt, **size)
+    for i, steps in enumerate(sorted(config.report_teacher_steps, reverse=True)):
+        comparison.add(teacher.sampler(steps, guidance, config.report_scheduler), many=i == 0)
+    del teacher  # one pipeline in memory at a time
+    student, manifest = load_student(folder)
+    for steps in sorted(config.report_steps or manifest.plans, reverse=True):
+        comparison.add(student_sampler(student, manifest, str(folder), steps))
+    return write(comparison, folder)

@@ -1,0 +1,53 @@
+"""Figures that need no judge: peak signal-to-noise ratio and pairwise distance of pixels, with standard errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def psnr(images: Tensor, target: Tensor) -> tuple[float, float]:
+    """Mean peak signal-to-noise ratio of each image to its own target, dB, and its standard error.
+
+    Args:
+        images: (N, ...) uint8.
+        target: same shape; an image equal to its target counts as one grey level off in one value.
+    """
+    error = (images.double() - target.double()).square().flatten(1)
+    mean = error.mean(1).clamp(min=1 / error.shape[1])
+    values = 10 * (255**2 / mean).log10()
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def mean_distance(images: Tensor, groups: Sequence[int]) -> tuple[float, float]:
+    """Root mean square difference of the pixels of two images of one group, 0..255: mean over pairs, then groups.
+
+    Args:
+        images: (N, ...) uint8.
+        groups: group of each image; groups of one image are left out.
+
+    Returns:
+        The mean and its standard error over groups; of a single group by the jackknife over its images.
+    """
+    members = torch.as_tensor(groups)
+    flat = images.float().flatten(1)
+    means, last = [], torch.empty(0)
+    for group in members.unique():
+        rows = flat[members == group]
+        n = len(rows)
+        if n < 2:
+            continue
+        last = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").double() / rows.shape[1] ** 0.5
+        means.append(last.sum() / (n * (n - 1)))
+    if not means:
+        return float("nan"), float("nan")
+    value = torch.stack(means).mean()
+    if len(means) > 1:
+        return value.item(), (torch.stack(means).std() / len(means) ** 0.5).item()
+    n = len(last)
+    if n < 3:
+        return value.item(), float("nan")
+    without = (last.sum() - 2 * last.sum(1)) / ((n - 1) * (n - 2))
+    return value.item(), ((n - 1) / n * (without - without.mean()).square().sum()).sqrt().item()

@@ -1,0 +1,45 @@
+"""LoRA adapters on a network that several roles share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class Adapted:
+    """A shared network seen with one of its adapters, or with none (the base)."""
+
+    def __init__(self, module: nn.Module, adapter: str | None):
+        self.module = module
+        self.adapter = adapter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        activate(self.module, self.adapter)
+        return self.module(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def activate(module: nn.Module, adapter: str | None) -> None:
+    """Make `adapter` the active one, or disable all; nothing else changes.
+
+    peft's own `set_adapter` also flips `requires_grad`: between a student's forward and its backward it would
+    silently drop the student's gradients.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if getattr(module, "_fewstep_active", ()) == adapter:
+        return
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+    module._fewstep_active = adapter  # type: ignore[assignment]
+
+
+def bare(network: Any) -> nn.Module:
+    """The module behind a view with an adapter."""
+    return network.module if isinstance(network, Adapted) else network

@@ -1,0 +1,133 @@
+"""Teacher baselines: the stock diffusers pipeline with a named scheduler. They are no plans (multistep solvers)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.plan import generators
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+"""Class in diffusers by name, with the options that make it what the name says; `own` is the pipeline's."""
+
+SPACINGS = ("trailing", "leading", "linspace")
+
+
+def is_flow(config: Any) -> bool:
+    """Whether a scheduler's config is that of a flow."""
+    name = config.get("_class_name", "")
+    return "FlowMatch" in name or config.get("prediction_type") == "flow_prediction"
+
+
+def has_spacing(config: Any) -> bool:
+    """Whether `timestep_spacing` means anything: levels are entries of a table of betas."""
+    return "beta_schedule" in config and not is_flow(config)
+
+
+def default_scheduler(own: Any) -> str:
+    """The solver that a baseline uses unless told: the best known for these levels at few steps."""
+    if not has_spacing(own.config):
+        return "own"
+    return "ddim" if own.config.get("clip_sample") else "dpmsolver++"  # DPM-Solver++ cannot clip
+
+
+def scheduler_of(own: Any, name: str = "own", spacing: str | None = None) -> Any:
+    """A stock scheduler on a pipeline's noise levels.
+
+    Args:
+        own: the pipeline's own scheduler.
+        name: one of `SCHEDULERS`, or `own`.
+        spacing: `timestep_spacing` of diffusers; default: as in `own`. Flows have no such choice.
+
+    Raises:
+        UserError: an unknown name or spacing, or one that cannot run on these levels.
+    """
+    import diffusers
+
+    if name != "own" and name not in SCHEDULERS:
+        raise UserError(f"scheduler {name!r} is unknown; allowed: own, {', '.join(SCHEDULERS)}")
+    if spacing is not None and spacing not in SPACINGS:
+        raise UserError(f"spacing {spacing!r} is unknown; allowed: {', '.join(SPACINGS)}")
+    config = dict(own.config)
+    flow = is_flow(config)
+    options: dict[str, Any] = {"timestep_spacing": spacing} if spacing is not None and has_spacing(config) else {}
+    if name == "own":
+        return type(own).from_config(config, **options)
+    class_name, fixed = SCHEDULERS[name]
+    options |= fixed
+    if flow and name == "ddim":
+        raise UserError("scheduler ddim: cannot run on the levels of a flow; allowed: own, dpmsolver++, euler, unipc")
+    if flow and name == "euler":
+        class_name = "FlowMatchEulerDiscreteScheduler"
+    elif flow:
+        shift = config.get("flow_shift") or config.get("shift") or 1.0
+        options |= {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": "flow_prediction"}
+    return getattr(diffusers, class_name).from_config(config, **options)
+
+
+def stock_images(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance_scale: float = 1.0,
+    negative_prompt: str = "",
+    **size: int | None,
+) -> Tensor:
+    """Images (B, 3, H, W) or clips (B, F, 3, H, W) in 0..1, on the CPU, from the pipeline's own `__call__`.
+
+    Args:
+        pipeline: with the scheduler that is wanted; on its device.
+        prompts: B prompts; a pipeline without text ignores them.
+        seeds: B seeds, one generator per image: the noise of `plan.sample` with the same seeds.
+        steps: of the scheduler.
+        guidance_scale: 1 = none.
+        negative_prompt: of every row.
+        size: height, width, num_frames where they are not the pipeline's own.
+    """
+    takes = inspect.signature(pipeline.__call__).parameters
+    wanted: dict[str, Any] = {k: v for k, v in size.items() if v is not None}
+    if "prompt" in takes:
+        wanted |= {"prompt": list(prompts), "guidance_scale": guidance_scale, "output_type": "pt"}
+        if guidance_scale > 1:
+            wanted["negative_prompt"] = [negative_prompt] * len(prompts)
+    else:
+        wanted |= {"batch_size": len(prompts), "output_type": "np"}
+    unknown = [k for k in wanted if k not in takes]
+    if unknown:
+        raise UserError(f"{type(pipeline).__name__} takes no {', '.join(unknown)}")
+    with torch.no_grad():
+        out = pipeline(generator=generators(seeds), num_inference_steps=steps, **wanted)
+    images = out.frames if hasattr(out, "frames") else out.images
+    if not isinstance(images, Tensor):
+        images = torch.from_numpy(images).movedim(-1, -3)
+    return images.float().clamp(0, 1).cpu()
+
+
+@contextmanager
+def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """Within the block, rows of every call of the networks are appended to the list: their sum over B is the NFE."""
+    rows: list[int] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        assert isinstance(first, Tensor)
+        rows.append(len(first))
+
+    handles = [n.register_forward_pre_hook(note, with_kwargs=True) for n in networks]
+    try:
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,156 @@
+"""The model card of a student: what it is, and snippets that run it in plain diffusers, one for each step count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.load import resolve
+from fewstep.samplers.stock import StockCall
+
+if TYPE_CHECKING:
+    from fewstep.samplers.student import Manifest
+
+PROMPTS = ["a red apple on a blue background", "a cat"]
+FPS = 16  # of clips, as Wan's
+
+
+def snippet(
+    denoiser: Denoiser,
+    manifest: Manifest,
+    scheduler: Any,
+    call: StockCall,
+    weights: Mapping[str, Mapping[str, Any]],
+    prompts: list[str],
+) -> str:
+    """Python that samples the student with diffusers alone, run in the student's folder.
+
+    Args:
+        denoiser: of the student's pipeline.
+        manifest: the student's.
+        scheduler: from `stock`, with `call`, that of one number of steps.
+        call: see `scheduler`.
+        weights: arguments of `load_lora_weights` for each network.
+        prompts: to show; ignored by unconditional pipelines.
+    """
+    lora = manifest.kind == "lora" and denoiser.takes_lora
+    preparation = call.preparation()
+    bound = ["from functools import partial", ""] if any("partial(" in line for line in preparation) else []
+    diffusers = ["DiffusionPipeline", *([type(scheduler).__name__] if lora else [])]
+    lines = [*bound, "import torch", f"from diffusers import {', '.join(diffusers)}", ""]
+    if lora:
+        revision = f", revision={manifest.revision!r}" if manifest.revision else ""
+        lines.append(
+            f"pipe = DiffusionPipeline.from_pretrained({_base(manifest)!r}{revision}, torch_dtype=torch.float32)"
+        )
+        lines += [f'pipe.load_lora_weights(".", {_keywords(w)})' for w in weights.values()]
+        lines.append(f'pipe.scheduler = {type(scheduler).__name__}.from_pretrained(".", subfolder="scheduler")')
+    else:
+        lines.append('pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)')
+    lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")', ""]
+    if denoiser.takes_prompts:
+        lines.append(f"prompts = {prompts!r}")
+        rows, count = {"prompt": "prompts"}, "len(prompts)"
+    else:
+        rows, count = {"batch_size": "2"}, "2"
+    lines.append(f"generators = [torch.Generator().manual_seed(seed) for seed in range({count})]  # one an image")
+    lines += preparation
+    sizes = {k: getattr(manifest, k) for k in ("height", "width", "num_frames") if denoiser.takes_prompts}
+    sizes = {k: repr(v) for k, v in sizes.items() if v is not None}
+    arguments = {k: repr(v) for k, v in call.arguments.items()}
+    clip = _clip(denoiser)
+    last = {"generator": "generators"} | ({"output_type": "'pil'"} if clip else {})
+    keywords = ", ".join(f"{k}={v}" for k, v in (rows | sizes | arguments | last).items())
+    if clip:
+        lines.append(f"clip, *_ = pipe({keywords}).frames")
+        lines.append(f'clip[0].save("clip.gif", save_all=True, append_images=clip[1:], duration={1000 // FPS}, loop=0)')
+    else:
+        lines += [f"image, *_ = pipe({keywords}).images", 'image.save("image.png")']
+    return "\n".join(lines) + "\n"
+
+
+def card(
+    denoiser: Denoiser,
+    manifest: Manifest,
+    scheduler: Any,
+    calls: Mapping[int, StockCall],
+    weights: Mapping[str, Mapping[str, Any]],
+    config: str | None = None,
+) -> str:
+    """The README.md of a student, with the hub's front matter; arguments as in `snippet`, `config` the run's YAML."""
+    lora, base, steps = manifest.kind == "lora", _base(manifest), sorted(manifest.plans, reverse=True)
+    hub = not Path(base).exists()
+    task = "unconditional-image-generation" if not denoiser.takes_prompts else "text-to-image"
+    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-video" if _clip(denoiser) else task}
+    if hub:  # the hub knows no folders
+        front |= {"base_model": base, "base_model_relation": "adapter" if lora else "finetune"}
+    front["tags"] = ["fewstep", "distillation", manifest.method, *(["lora"] if lora else [])]
+    named = base if hub else manifest.base if manifest.base.startswith("embedded:") else Path(base).name
+    counts = ", ".join(map(str, steps[:-1])) + f" or {steps[-1]}" if steps[1:] else str(steps[0])
+    plural = "" if steps == [1] else "s"
+    lines = [
+        *("---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", ""),
+        *(f"# {named} in {counts} step{plural}", ""),
+        f"A student of `{named}` ({manifest.pipeline}) that samples in {counts} step{plural}: "
+        f"{'a LoRA' if lora else 'full weights'}, made by fewstep with the method `{manifest.method}`.",
+        *("", "| steps | levels | rule | guidance scale | NFE |", "|---|---|---|---|---|"),
+    ]
+    for k in steps:
+        plan = manifest.plans[k]
+        scales = sorted({s.guidance_scale for s in plan.steps})
+        guidance = (
+            ", ".join(f"{s:g}" for s in scales) if plan.embedded_guidance is None else f"{plan.embedded_guidance:g}"
+        )
+        guidance += "" if plan.embedded_guidance is None else " (an input)"
+        levels = (
+            ", ".join(f"{v:.4g}" for v in plan.levels) if k <= 8 else f"{plan.levels[0]:.4g} to {plan.levels[-1]:.4g}"
+        )
+        lines.append(f"| {k} | {levels} | {plan.rule} | {guidance} | {plan.nfe} |")
+    lines += [
+        *(
+            "",
+            "A level is 1 for noise and 0 for clean, before any resolution-dependent shift. NFE counts passes of one",
+        ),
+        *("image through the network: a guided step takes two.", "", "## Run it in plain diffusers", ""),
+        'Run in this folder, or put the hub id or path of this folder in place of `"."`. One seed gives one image,',
+        "whatever the batch.",
+    ]
+    prompts = _prompts(config)
+    for k in steps:
+        code = snippet(denoiser, manifest, scheduler, calls[k], weights, prompts)
+        lines += ["", f"### {k} step{'' if k == 1 else 's'}", "", "```python", code.rstrip(), "```"]
+    if lora and not denoiser.takes_lora:
+        lines += [
+            *("", f"{manifest.pipeline} loads no LoRA, so the weights here have it added in. The LoRA itself, for"),
+            '`peft.PeftModel.from_pretrained(pipe.unet, "peft")` over the base, is in `peft/`.',
+        ]
+    if config:
+        lines += ["", "## How it was made", "", "```yaml", config.rstrip(), "```"]
+    lines += [
+        *("", "## Licence", ""),
+        f"These weights derive from `{named}`: its licence holds for them, and for what they make.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _base(manifest: Manifest) -> str:
+    """What `from_pretrained` takes: diffusers knows no `embedded:`."""
+    return resolve(manifest.base)
+
+
+def _clip(denoiser: Denoiser) -> bool:
+    """Whether it makes clips: latents (C, frames, height, width)."""
+    return len(denoiser.latent_shape()) == 4
+
+
+def _keywords(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+
+
+def _prompts(config: str | None) -> list[str]:
+    shown = (yaml.safe_load(config) or {}).get("validation_prompts") if config else None
+    return [str(p) for p in shown[:2]] if shown else PROMPTS

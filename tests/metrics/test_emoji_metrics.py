@@ -1,0 +1,139 @@
+import math
+import random
+
+import pytest
+import torch
+
+from fewstep.metrics.emoji.drawings import (
+    CATEGORIES,
+    COLORS,
+    HELD_OUT,
+    NAMES,
+    Composition,
+    category_caption,
+    drawings_of,
+    full_caption,
+    render,
+)
+from fewstep.metrics.emoji.metrics import REAL_SEED, coverage, emoji_metrics, pairs_of, renderings
+
+PROMPTS = [category_caption(i, c) for i in range(len(CATEGORIES)) for c in (2, 5, 6)]
+CAPTIONS = [PROMPTS[i % len(PROMPTS)] for i in range(240)]  # 30 prompts, 8 images of each
+GROUPS = [i % len(PROMPTS) for i in range(240)]
+EXPECTED = 8 * (1 - (7 / 8) ** 8)  # distinct drawings among 8 real pictures of 8 drawings
+
+
+def picture(drawing: int, color: int, **place: int) -> torch.Tensor:
+    return torch.from_numpy(render(Composition(drawing, color, **place))).permute(2, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def reference() -> torch.Tensor:
+    return renderings(CAPTIONS, seed=1)
+
+
+@pytest.fixture(scope="module")
+def real(reference) -> dict[str, tuple[float, float]]:
+    return emoji_metrics(renderings(CAPTIONS, seed=2), CAPTIONS, reference, GROUPS)
+
+
+def test_real_pictures_are_right_in_everything(real):
+    for name, perfect in (("background_accuracy", 1), ("category_accuracy", 1), ("blends", 0)):
+        assert real[name] == (perfect, 0)
+    ratio, error = real["coverage"]
+    assert abs(ratio - 1) < 4 * error
+    assert error < 0.05
+    assert real["coverage_raw"][0] == pytest.approx(ratio * EXPECTED, rel=0.01)
+    corrected, error = real["fd_emoji_corrected"]
+    assert abs(corrected) < 4 * error
+    assert corrected < 0.3 * real["fd_emoji"][0]  # the bias of finite N is most of the raw figure
+
+
+def test_a_student_that_collapsed(reference, real):
+    """One drawing of each prompt, another one for every colour: only variety is lost, and over a category none is."""
+    one = {p: pairs_of(p)[(3 * i) % len(pairs_of(p))] for i, p in enumerate(PROMPTS)}
+    images = torch.stack([picture(*one[caption]) for caption in CAPTIONS])
+    found = emoji_metrics(images, CAPTIONS, reference, GROUPS)
+    assert found["category_accuracy"][0] == found["background_accuracy"][0] == 1
+    assert found["coverage_raw"][0] == 1
+    expected = sum(k * (1 - (1 - 1 / k) ** 8) for k in (len(pairs_of(p)) for p in PROMPTS)) / len(PROMPTS)
+    assert found["coverage"][0] == pytest.approx(1 / expected)
+    assert found["diversity"][0] == pytest.approx(0, abs=1e-5)
+    assert found["fd_emoji_corrected"][0] > 10 * found["fd_emoji_corrected"][1]
+    assert real["diversity"][0] > 0.5
+
+
+def test_a_student_that_follows_no_prompt(reference, real):
+    """The same real pictures under shuffled captions: the distance stays, what reads captions falls to chance."""
+    images = renderings(CAPTIONS, seed=2)[torch.randperm(240, generator=torch.Generator().manual_seed(0))]
+    found = emoji_metrics(images, CAPTIONS, reference)
+    assert found["fd_emoji"][0] == pytest.approx(real["fd_emoji"][0], rel=1e-3)
+    assert found["background_accuracy"][0] == pytest.approx(1 / 3, abs=0.1)
+    assert found["category_accuracy"][0] < 0.3
+    assert found["clip_emoji"][0] < real["clip_emoji"][0] - 30
+    assert "diversity" not in found
+
+
+def test_clouds_and_blends_are_near_to_no_drawing(reference):
+    images = renderings(CAPTIONS, seed=2).float()
+    images[::4] = (images[::4] + images[::4].flip(-1, -2)) / 2
+    found = emoji_metrics(images / 255, CAPTIONS, reference)
+    assert found["blends"][0] == pytest.approx(0.25, abs=0.04)
+    n = len(CAPTIONS)
+    share = found["blends"][0]
+    assert found["blends"][1] == pytest.approx(math.sqrt(share * (1 - share) / n), rel=0.15)
+
+
+def test_full_captions_ask_for_one_drawing(reference):
+    """Half of the pictures show the neighbour in the category instead."""
+    rng = random.Random(3)
+    made = [(rng.randrange(len(NAMES)), rng.randrange(len(COLORS))) for _ in range(60)]
+    made = [(d, c) for d, c in made if len(drawings_of(full_caption(d, c))) == 1][:40]
+    captions = [full_caption(d, c) for d, c in made]
+    images = torch.stack([picture(d ^ (i % 2), c) for i, (d, c) in enumerate(made)])
+    assert emoji_metrics(images, captions, reference)["category_accuracy"][0] == 0.5
+
+
+def test_captions_without_color_have_no_background_to_be_right(reference):
+    captions = list(CATEGORIES) * 4
+    found = emoji_metrics(renderings(captions, seed=4), captions, reference)
+    assert "background_accuracy" not in found
+    assert found["category_accuracy"][0] == 1
+    assert found["blends"][0] == 0
+
+
+def test_same_input_same_figures(reference, real):
+    assert emoji_metrics(renderings(CAPTIONS, seed=2), CAPTIONS, reference, GROUPS) == real
+
+
+def test_coverage_counts_drawings_of_a_prompt_once():
+    """Three of four images near a drawing, two of them the same: 2 distinct of 8 (1 - (7/8)^4) expected."""
+    prompt = "a fruit on a red background"
+    k = len(pairs_of(prompt))
+    ratio, raw = coverage([32, 33, 32, None], [prompt] * 4)
+    assert raw[0] == 2
+    assert ratio[0] == pytest.approx(2 / (k * (1 - (1 - 1 / k) ** 4)))
+
+
+def test_renderings_avoid_held_out_pairs_unless_asked_for_them():
+    for category in range(len(CATEGORIES)):
+        for color in range(len(COLORS)):
+            caption = category_caption(category, color)
+            assert not HELD_OUT & set(pairs_of(caption))
+            held = sum(c == color and d // 8 == category for d, c in HELD_OUT)
+            assert len(pairs_of(caption)) == 8 - held
+    asked = sorted(p for p in HELD_OUT if len(drawings_of(full_caption(*p))) == 1)
+    assert [pairs_of(full_caption(*pair)) for pair in asked] == [[pair] for pair in asked]
+    assert len(pairs_of("")) == len(NAMES) * len(COLORS) - len(HELD_OUT)
+
+
+def test_refuses_what_does_not_fit(reference):
+    two = reference[:2]
+    with pytest.raises(ValueError, match="2 images, 3 captions"):
+        emoji_metrics(two, CAPTIONS[:3], reference)
+    with pytest.raises(ValueError, match="2 images and 1 groups"):
+        emoji_metrics(two, CAPTIONS[:2], reference, [0])
+    with pytest.raises(ValueError, match="no embedded drawing answers to 'a unicorn'"):
+        emoji_metrics(two, ["a unicorn", ""], reference)
+    with pytest.raises(ValueError, match="another seed"):
+        emoji_metrics(two, CAPTIONS[:2], renderings(CAPTIONS[:2], REAL_SEED))
