@@ -18,14 +18,20 @@ class OneLine(argparse.ArgumentParser):
 
 def main() -> None:
     """Parse, train, exit."""
-    parser = OneLine("fewstep.distill", description="Train a student, as `fewstep train` does.")
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a shipped one")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="keys of the config to set")
+    usage = "python -m fewstep.distill CONFIG [key=value ...] [--resume] [--dry-run] [--debug]"
+    parser = OneLine("fewstep.distill", usage, "Train a student, as `fewstep train` does.")
+    parser.add_argument(
+        "words",
+        metavar="CONFIG",
+        nargs="+",
+        help="a YAML file or the name of a shipped one, then keys of the config to set",
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print config, roles and cost, and train nothing")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' warnings")
     a = parser.parse_intermixed_args()
-    sys.exit(answer(lambda: train_command(a.config, a.overrides, a.resume, a.dry_run, a.debug), a.debug))
+    config, *overrides = a.words
+    sys.exit(answer(lambda: train_command(config, overrides, a.resume, a.dry_run, a.debug), a.debug))
 
 
 if __name__ == "__main__":

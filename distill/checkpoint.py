@@ -155,7 +155,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """The inverse of `pack_optimizer`, into an optimiser of the same parameters."""
     state: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **meta["plain"]}.items():
+    # a copy of each: what was loaded lies in the file, which is pruned while the optimiser still uses it
+    for name, value in {**{k: v.clone() for k, v in tensors.items()}, **meta["plain"]}.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": meta["param_groups"]})

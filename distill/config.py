@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -17,7 +17,7 @@ class ConfigError(ValueError):
     """Every mistake of a config, one line each: file, key, what is wrong, what would be right."""
 
 
-class TrainConfig(BaseModel, extra="forbid"):
+class TrainConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """What every method takes."""
 
     method: str
@@ -82,7 +82,7 @@ class TrainConfig(BaseModel, extra="forbid"):
     @classmethod
     def _one_folder(cls, name: str) -> str:
         if not name or "/" in name or name.startswith("."):
-            raise ValueError(f"must be one folder name; got {name!r}")
+            raise ValueError("must be one folder name")
         return name
 
     @property
@@ -91,7 +91,7 @@ class TrainConfig(BaseModel, extra="forbid"):
         return Path(self.output_dir) / self.name
 
 
-class PretrainConfig(TrainConfig):
+class PretrainConfig(TrainConfig, frozen=True):
     """Ordinary denoising or flow matching training of a pipeline's network, with text dropout for guidance."""
 
     method: Literal["pretrain"]
@@ -99,10 +99,10 @@ class PretrainConfig(TrainConfig):
     train_text_encoder: bool = False
     prompt_dropout: float = Field(0.1, ge=0, lt=1)
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting (arXiv:2303.09556); none: weight 1")
-    step_counts: list[int] = Field([50], min_length=1)
+    step_counts: list[PositiveInt] = Field([50], min_length=1)
 
 
-class LCMConfig(TrainConfig):
+class LCMConfig(TrainConfig, frozen=True):
     """Consistency distillation in latents (arXiv:2303.01469, 2310.04378)."""
 
     method: Literal["lcm"]
@@ -113,36 +113,48 @@ class LCMConfig(TrainConfig):
     num_ode_steps: int = Field(50, ge=2, description="levels of the teacher's grid")
     huber_c: float = Field(1e-3, gt=0)
     target_ema_decay: float = Field(0.95, ge=0, lt=1, description="of the target network, full students only")
-    steps: list[int] = Field([1, 2, 4, 8], min_length=1, description="step counts that the student declares")
+    steps: list[PositiveInt] = Field(
+        [1, 2, 4, 8], min_length=1, validate_default=True, description="step counts that the student declares"
+    )
 
-    @model_validator(mode="after")
-    def _scales(self) -> LCMConfig:
-        if self.guidance_scale_max is not None and self.guidance_scale_max <= self.guidance_scale:
-            raise ValueError(f"guidance_scale_max must exceed guidance_scale {self.guidance_scale}")
-        if any(k < 1 or k > self.num_ode_steps for k in self.steps):
-            raise ValueError(f"steps must lie in 1..num_ode_steps = {self.num_ode_steps}; got {self.steps}")
-        return self
+    @field_validator("guidance_scale_max")
+    @classmethod
+    def _above(cls, value: float | None, info: ValidationInfo) -> float | None:
+        low = info.data.get("guidance_scale")
+        if value is not None and low is not None and value <= low:
+            raise ValueError(f"must exceed guidance_scale {low}")
+        return value
+
+    @field_validator("steps")
+    @classmethod
+    def _on_the_grid(cls, steps: list[int], info: ValidationInfo) -> list[int]:
+        n = info.data.get("num_ode_steps")
+        if n is not None and max(steps) > n:
+            raise ValueError(f"must be at most num_ode_steps {n}")
+        return steps
 
 
-class DMD2Config(TrainConfig):
+class DMD2Config(TrainConfig, frozen=True):
     """Distribution matching distillation, data-free, by backward simulation (arXiv:2311.18828, 2405.14867)."""
 
     method: Literal["dmd2"]
     guidance_scale: float = Field(7.5, description="of the teacher's score; 1 = none")
-    steps: list[int] = Field([4], min_length=1, description="step counts trained; one is drawn in each iteration")
+    steps: list[PositiveInt] = Field(
+        [4], min_length=1, description="step counts trained; one is drawn in each iteration"
+    )
     fake_score_updates: int = Field(5, ge=1, description="fake score updates per student update")
     fake_score_warmup_steps: int = Field(0, ge=0, description="iterations of the fake score alone")
     fake_score_learning_rate: float | None = Field(None, gt=0, description="default: the student's")
     min_level: float = Field(0.02, ge=0, lt=1, description="of the levels where scores are compared")
-    max_level: float = Field(0.98, gt=0, le=1)
+    max_level: float = Field(0.98, gt=0, le=1, validate_default=True)
 
-    @model_validator(mode="after")
-    def _ranges(self) -> DMD2Config:
-        if any(k < 1 for k in self.steps):
-            raise ValueError(f"steps must be positive; got {self.steps}")
-        if self.min_level >= self.max_level:
-            raise ValueError("min_level must be below max_level")
-        return self
+    @field_validator("max_level")
+    @classmethod
+    def _above(cls, value: float, info: ValidationInfo) -> float:
+        low = info.data.get("min_level")
+        if low is not None and value <= low:
+            raise ValueError(f"must exceed min_level {low}")
+        return value
 
 
 METHODS: dict[str, type[TrainConfig]] = {"dmd2": DMD2Config, "lcm": LCMConfig, "pretrain": PretrainConfig}
@@ -182,6 +194,8 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+        except OSError as error:
+            raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: must be a mapping of keys to values")
         values.setdefault("name", path.stem)
@@ -199,7 +213,7 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
 def validate(values: Mapping[str, Any], where: str = "config") -> TrainConfig:
     """A checked config of the method that `values` name; ConfigError lists every mistake."""
     method = values.get("method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         near = difflib.get_close_matches(str(method), METHODS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         said = "missing" if method is None else f"{method!r} is unknown"

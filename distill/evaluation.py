@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +19,9 @@ from fewstep.distill.prompt_sets import PromptSet
 from fewstep.samplers.baseline import counted, default_scheduler, has_spacing, scheduler_of, stock_images
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import family, load_pipeline
+from fewstep.samplers.load import family, load_pipeline, resolve
+from fewstep.samplers.manifest import MANIFEST, Manifest
 from fewstep.samplers.plan import sample
-from fewstep.samplers.student import Manifest
 
 Figures = dict[str, tuple[float, float]]
 """(value, standard error) by name."""
@@ -92,11 +94,13 @@ class Teacher:
         self.own = self.pipeline.scheduler
 
     def sampler(
-        self, steps: int, guidance: float = 1.0, scheduler: str | None = None, spacing: str | None = None
+        self, steps: int, guidance: float | None = None, scheduler: str | None = None, spacing: str | None = None
     ) -> Sampler:
-        """The teacher in `steps` steps; scheduler and spacing default to the best known for few steps."""
+        """The teacher in `steps` steps; guidance defaults to the pipeline's, the rest to the best known for few steps."""
         if steps < 1:
             raise UserError(f"steps {steps}: must be at least 1")
+        usual = inspect.signature(self.pipeline.__call__).parameters.get("guidance_scale")
+        scale = guidance if guidance is not None else 1.0 if usual is None else float(usual.default)
         name = scheduler or default_scheduler(self.own)
         if spacing is None and has_spacing(self.own.config):
             spacing = "trailing"
@@ -105,12 +109,12 @@ class Teacher:
 
         def images(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             self.pipeline.scheduler = solver
-            return stock_images(self.pipeline, prompts, seeds, steps, guidance, self.negative_prompt, **self.size)
+            return stock_images(self.pipeline, prompts, seeds, steps, scale, self.negative_prompt, **self.size)
 
         names = family(type(self.pipeline).__name__).network_names
         networks = [m for n in names if (m := getattr(self.pipeline, n, None)) is not None]
         return Sampler(
-            self.source, "teacher", steps, guidance, f"{said} ({spacing})" if spacing else said, networks, images
+            self.source, "teacher", steps, scale, f"{said} ({spacing})" if spacing else said, networks, images
         )
 
 
@@ -127,6 +131,7 @@ def student_sampler(
         if plan.embedded_guidance is None:
             raise UserError(f"{source}: the student takes no guidance scale; it was trained at a fixed one")
         plan = plan.model_copy(update={"embedded_guidance": guidance})
+    denoiser.to(device())
     shape = denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)
     scale = plan.embedded_guidance if plan.embedded_guidance is not None else plan.steps[0].guidance_scale
 
@@ -139,19 +144,20 @@ def student_sampler(
     return Sampler(source, "student", steps, scale, plan.rule, networks, images)
 
 
-def draw(sampler: Sampler, prompts: PromptSet, batch_size: int = 50, progress: Progress | None = None) -> Drawn:
-    """All images of a row, timed from prompts to pixels, a batch at a time."""
-    parts, seconds = [], 0.0
+def draw(sampler: Sampler, prompts: PromptSet, batch_size: int = 16, progress: Progress | None = None) -> Drawn:
+    """All images of a row, a batch at a time, timed from prompts to pixels: the median over the full batches."""
+    parts, seconds = [], []
     sampler.images(prompts.prompts[:1], prompts.seeds[:1])  # the first call of a process is slow
     with counted(sampler.networks) as rows:
         for i in range(0, len(prompts), batch_size):
             began = time.perf_counter()
             images = sampler.images(prompts.prompts[i : i + batch_size], prompts.seeds[i : i + batch_size])
-            seconds += time.perf_counter() - began
+            if len(images) == batch_size or not parts:
+                seconds.append((time.perf_counter() - began) / len(images))
             parts.append((images * 255).round().to(torch.uint8))
             if progress is not None:
                 progress(len(images))
-    return Drawn(torch.cat(parts), seconds / len(prompts), sum(rows) / len(prompts))
+    return Drawn(torch.cat(parts), statistics.median(seconds), sum(rows) / len(prompts))
 
 
 def default_metrics(prompts: PromptSet) -> tuple[str, ...]:
@@ -168,9 +174,9 @@ def check_metrics(names: Sequence[str], prompts: PromptSet) -> None:
             raise UserError(f"metric {name}: needs the embedded prompts, e.g. embedded:emoji, and not {prompts.name}")
 
 
-def reference_pictures(prompts: PromptSet) -> Tensor | None:
-    """Real renderings of the prompts, (N, 3, 64, 64) uint8; None for other prompts than the embedded ones."""
-    if not prompts.embedded:
+def reference_pictures(prompts: PromptSet, names: Sequence[str]) -> Tensor | None:
+    """Real renderings of the prompts, (N, 3, 64, 64) uint8; None where no figure asks for them."""
+    if not any(name in EMOJI for name in names):
         return None
     from fewstep.metrics.emoji.metrics import renderings
 
@@ -190,13 +196,13 @@ def figures(
         images: (N, 3, H, W) or (N, F, 3, H, W) uint8.
         prompts: of the row.
         names: of `EMOJI` and `BASIC`.
-        reference: `reference_pictures(prompts)`.
+        reference: `reference_pictures(prompts, names)`.
         many: the teacher's many-step images of the same noise; None: no `psnr_to_teacher`.
     """
     from fewstep.metrics.pixels import mean_distance, psnr
 
     found: Figures = {}
-    if reference is not None and any(name in EMOJI for name in names):
+    if reference is not None:
         from fewstep.metrics.emoji.metrics import emoji_metrics
 
         if images.shape[1:] != reference.shape[1:]:
@@ -225,7 +231,7 @@ def bar(total: int, description: str) -> Iterator[Progress | None]:
         yield lambda n: shown.advance(task, n)
 
 
-def is_student(source: str | Path) -> bool:
-    """Whether a source is a run or a student's folder, and not a pipeline."""
-    folder = Path(source)
-    return any((folder / name).is_file() for name in ("fewstep.json", "student/fewstep.json", "config.yaml"))
+def student_folder(source: str | Path) -> Path | None:
+    """The student's folder of a run, or a student's folder itself; None for a pipeline."""
+    folder = Path(resolve(source))
+    return folder if (folder / MANIFEST).is_file() else None

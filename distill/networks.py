@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,8 +44,11 @@ class Networks:
         self.targets = list(target_modules or teacher.lora_targets)
         self.seed = seed
         self._roles: dict[str, Role] = {}
-        for network in teacher.networks.values():
+        for network_name, network in teacher.networks.items():
             network.requires_grad_(False)
+            if any(".lora_" in key for key, _ in network.named_parameters()):
+                # a copy would take them along, and the base of a LoRA would not be the teacher
+                raise UserError(f"teacher: its {network_name} carries LoRA adapters; fuse or unload them first")
 
     def teacher(self) -> Role:
         """The frozen teacher: for LoRA the base with every adapter off."""
@@ -65,10 +69,7 @@ class Networks:
         """A moving average of a trained role; the trainer updates it after that role's step."""
         source = self._roles[of]
         name = f"{of}_average"
-        if self.kind == "lora":
-            role = self._adapter(name)
-        else:
-            role = self._copy(source.denoiser.takes_guidance)
+        role = self._adapter(name) if self.kind == "lora" else self._copy(source.denoiser.takes_guidance)
         with torch.no_grad():
             for key, parameter in role.parameters.items():
                 parameter.copy_(source.parameters[key])
@@ -88,7 +89,8 @@ class Networks:
         parameters: dict[str, nn.Parameter] = {}
         for network_name, network in self.base.networks.items():
             module = bare(network)
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
                 torch.manual_seed(self.seed)  # one start for every role: student and fake score begin alike
                 _add_adapter(module, config, name)
             for key, parameter in module.named_parameters():

@@ -34,7 +34,7 @@ def labelled(rows: Sequence[tuple[str, str, Tensor]], heads: Sequence[str]) -> I
     """A grid with a label before each row and a text over each column.
 
     Args:
-        rows: (label, smaller second line, images (C, 3, H, W) uint8 or clips).
+        rows: (label, smaller lines below it, images (C, 3, H, W) uint8 or clips).
         heads: text over each of the C columns; the first lines of a long one.
     """
     title, small = ImageFont.load_default(16), ImageFont.load_default(12)
@@ -57,8 +57,8 @@ def labelled(rows: Sequence[tuple[str, str, Tensor]], heads: Sequence[str]) -> I
     for j, (label, second, images) in enumerate(rows):
         y = top + j * (side[1] + GAP)
         middle = y + side[1] // 2
-        pen.text((GAP, middle - 11), label, INK, title, anchor="lm")
-        pen.text((GAP, middle + 9), second, PALE, small, anchor="lm")
+        pen.text((GAP, middle - 10), label, INK, title, anchor="lm")
+        pen.multiline_text((GAP, middle + 2), second, PALE, small, spacing=3)
         for i, pixels in enumerate(frames(images)[: len(heads)]):
             canvas.paste(to_image(pixels).resize(side, kind), (LABEL + i * (side[0] + GAP), y))
     return canvas

@@ -66,7 +66,7 @@ class Comparison:
         self.metrics = [list(metrics or default_metrics(s)) for s in self.sets]
         for prompts, names in zip(self.sets, self.metrics, strict=True):
             check_metrics(names, prompts)
-        self.references = [reference_pictures(s) for s in self.sets]
+        self.references = [reference_pictures(s, names) for s, names in zip(self.sets, self.metrics, strict=True)]
         self.rows: list[list[dict[str, Any]]] = [[] for _ in self.sets]
         self.shown: list[Tensor] = []
         self.many: list[Tensor | None] = [None] * len(self.sets)
@@ -83,7 +83,7 @@ class Comparison:
             images = renderings(prompts.prompts, REAL_SEED)
             self._keep(i, row | {"scheduler": None, "seconds_per_image": None}, images)
 
-    def add(self, sampler: Sampler, many: bool = False, batch_size: int = 50) -> None:
+    def add(self, sampler: Sampler, many: bool = False, batch_size: int = 16) -> None:
         """Draw and measure a row; `many`: its images are the target of the rows that follow."""
         for i, prompts in enumerate(self.sets):
             with bar(len(prompts), f"{sampler.role}, steps {sampler.steps}, {prompts.name}") as progress:
@@ -133,11 +133,11 @@ class Comparison:
         """The first images of every row of the first set, labelled."""
         heads = self.sets[0].prompts[:COLUMNS]
         rows = []
-        for row, images in zip(self.rows[0], self.shown, strict=True):
+        for row, said, images in zip(self.rows[0], labels(self.rows[0]), self.shown, strict=True):
             if row["role"] == "reference":
                 continue  # real pictures share no noise with the others
-            guided = f", guidance {row['guidance']:g}" if row["role"] == "teacher" else ""
-            rows.append((label(row), f"{row['scheduler']}{guided}", images))
+            guided = f"\nguidance {row['guidance']:g}" if row["role"] == "teacher" else ""
+            rows.append((said, f"{row['scheduler']}{guided}", images))
         return picture.labelled(rows, heads)
 
 
@@ -153,6 +153,13 @@ def label(row: dict[str, Any]) -> str:
     return f"{row['role']}, {row['steps']} step{'s' if row['steps'] != 1 else ''}"
 
 
+def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The labels of a table, with sources where one role has several."""
+    pairs = {(row["role"], row["source"]) for row in rows}
+    many = {role for role, _ in pairs if sum(r == role for r, _ in pairs) > 1}
+    return [f"{Path(row['source']).name}, {label(row)}" if row["role"] in many else label(row) for row in rows]
+
+
 def cell(value: float | None, error: float | None) -> str:
     """`0.953 ± 0.012`, to two digits of the error."""
     if value is None:
@@ -166,11 +173,9 @@ def cell(value: float | None, error: float | None) -> str:
 def cells(block: dict[str, Any]) -> list[list[str]]:
     """Header and rows of a block's table."""
     names = list(dict.fromkeys(name for row in block["rows"] for name in row["metrics"]))
-    sources = len({(row["role"], row["source"]) for row in block["rows"] if row["role"] != "reference"}) > 2
     table = [["row", "NFE", "s/image", *names]]
-    for row in block["rows"]:
+    for row, said in zip(block["rows"], labels(block["rows"]), strict=True):
         seconds = row["seconds_per_image"]
-        said = f"{row['source']}, {row['steps']}" if sources and row["role"] != "reference" else label(row)
         figures_ = [cell(*((row["metrics"].get(n) or {}).get(k) for k in ("value", "stderr"))) for n in names]
         nfe = f"{row['nfe']:g}" if row["role"] != "reference" else "-"
         table.append([said, nfe, "-" if seconds is None else f"{seconds:.3f}", *figures_])
@@ -274,9 +279,9 @@ def report_run(folder: Path, say: Callable[[str], None] = lambda line: None) -> 
     guidance = config.validation_guidance_scale or getattr(config, "guidance_scale", 1.0)
     teacher = Teacher(config.teacher, config.revision, config.variant, config.negative_prompt, **size)
     for i, steps in enumerate(sorted(config.report_teacher_steps, reverse=True)):
-        comparison.add(teacher.sampler(steps, guidance, config.report_scheduler), many=i == 0)
+        comparison.add(teacher.sampler(steps, guidance, config.report_scheduler), i == 0, config.train_batch_size)
     del teacher  # one pipeline in memory at a time
     student, manifest = load_student(folder)
     for steps in sorted(config.report_steps or manifest.plans, reverse=True):
-        comparison.add(student_sampler(student, manifest, str(folder), steps))
+        comparison.add(student_sampler(student, manifest, str(folder), steps), batch_size=config.train_batch_size)
     return write(comparison, folder)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 
 from fewstep.distill import checkpoint
@@ -24,8 +23,7 @@ from fewstep.distill.record import Record
 from fewstep.samplers.errors import UserError
 
 NON_FINITE = "non-finite losses"
-# Before torch 2.10 a cast cached without graph (a student's sample) was used again, and lost the gradients.
-AUTOCAST = AutocastKwargs(cache_enabled=False)
+LOWER = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def learning_rate(config: TrainConfig, base: float, iteration: int) -> float:
@@ -86,8 +84,7 @@ class Trainer:
 
     def step(self, i: int) -> dict[str, float]:
         """One iteration: every role of `updates(i)` steps once; named scalars, means over micro-batches and processes."""
-        # for what draws from torch's own generator, such as dropout: also a function of the iteration
-        torch.manual_seed(generator(self.config.seed, "torch", i, self.batches.rank).initial_seed())
+        self._seed(i)
         names = self.method.updates(i)
         ready: list[Any] = [None] * self.config.gradient_accumulation_steps
         said: dict[str, float] = {}
@@ -97,7 +94,7 @@ class Trainer:
                 if ready[m] is None:
                     batch, rng = self.batches(i, m)
                     require_grad(self.roles, names)
-                    with self.accelerator.autocast(AUTOCAST):
+                    with self._autocast():
                         ready[m] = batch, self.method.draw(batch, rng, i, names)
                 require_grad(self.roles, [name])
                 batch, draws = ready[m]
@@ -112,11 +109,26 @@ class Trainer:
             said |= {f"{name}/{k}": v for k, v in values.items()}
         return said
 
+    def _seed(self, i: int) -> None:
+        """What draws from torch's own generator, such as dropout, is a function of the iteration too."""
+        seed = generator(self.config.seed, "torch", i, self.batches.rank).initial_seed()
+        torch.default_generator.manual_seed(seed)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Mixed precision for a forward; accelerate's own takes the environment apart on each call."""
+        if self.accelerator.mixed_precision not in LOWER:
+            return nullcontext()
+        # no cache: before torch 2.10 a cast made without graph (a student's sample) was used again without gradients
+        lower = LOWER[self.accelerator.mixed_precision]
+        return torch.autocast(self.accelerator.device.type, lower, cache_enabled=False)
+
     def _losses(self, name: str, batch: Any, draws: Any, i: int) -> Iterator[Losses]:
         """The method's losses, each built under autocast and differentiated outside of it."""
         losses = iter(self.method.loss(name, batch, draws, i))
         while True:
-            with self.accelerator.autocast(AUTOCAST):
+            with self._autocast():
                 value = next(losses, None)
             if value is None:
                 return
@@ -236,7 +248,7 @@ class Trainer:
         if self.accelerator.scaler is not None and "scaler" in meta:
             self.accelerator.scaler.load_state_dict(meta["scaler"])
         self.method.load_state_dict(meta["method"])
-        self.iteration, self.skipped, self.scalars = meta["iteration"], meta["skipped"], meta["scalars"]
+        self.iteration, self.skipped, self.scalars = meta["iteration"], meta["skipped"], meta.get("scalars", {})
         self.best = tuple(meta["best"]) if meta["best"] else None
         self.record.rewind(self.iteration)
         self.record.say(f"resumed from {whole} at iteration {self.iteration}")

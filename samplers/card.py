@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import resolve
+from fewstep.samplers.manifest import Manifest
 from fewstep.samplers.stock import StockCall
-
-if TYPE_CHECKING:
-    from fewstep.samplers.student import Manifest
 
 PROMPTS = ["a red apple on a blue background", "a cat"]
 FPS = 16  # of clips, as Wan's
@@ -34,42 +35,38 @@ def snippet(
         manifest: the student's.
         scheduler: from `stock`, with `call`, that of one number of steps.
         call: see `scheduler`.
-        weights: arguments of `load_lora_weights` for each network.
+        weights: arguments of `load_lora_weights` for each network; none where the folder is a whole pipeline.
         prompts: to show; ignored by unconditional pipelines.
     """
-    lora = manifest.kind == "lora" and denoiser.takes_lora
     preparation = call.preparation()
     bound = ["from functools import partial", ""] if any("partial(" in line for line in preparation) else []
-    diffusers = ["DiffusionPipeline", *([type(scheduler).__name__] if lora else [])]
+    diffusers = ["DiffusionPipeline", *([type(scheduler).__name__] if weights else [])]
     lines = [*bound, "import torch", f"from diffusers import {', '.join(diffusers)}", ""]
-    if lora:
-        revision = f", revision={manifest.revision!r}" if manifest.revision else ""
-        lines.append(
-            f"pipe = DiffusionPipeline.from_pretrained({_base(manifest)!r}{revision}, torch_dtype=torch.float32)"
-        )
-        lines += [f'pipe.load_lora_weights(".", {_keywords(w)})' for w in weights.values()]
+    if weights:
+        base = code(resolve(manifest.base))  # diffusers knows no `embedded:`
+        revision = f", revision={code(manifest.revision)}" if manifest.revision else ""
+        lines.append(f"pipe = DiffusionPipeline.from_pretrained({base}{revision}, torch_dtype=torch.float32)")
+        lines += [_call("pipe.load_lora_weights", '"."', **_coded(w)) for w in weights.values()]
         lines.append(f'pipe.scheduler = {type(scheduler).__name__}.from_pretrained(".", subfolder="scheduler")')
     else:
         lines.append('pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)')
     lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")', ""]
     if denoiser.takes_prompts:
-        lines.append(f"prompts = {prompts!r}")
+        lines.append(f"prompts = {code(prompts)}")
         rows, count = {"prompt": "prompts"}, "len(prompts)"
     else:
         rows, count = {"batch_size": "2"}, "2"
-    lines.append(f"generators = [torch.Generator().manual_seed(seed) for seed in range({count})]  # one an image")
+    lines.append(f"generators = [torch.Generator().manual_seed(seed) for seed in range({count})]  # one for each image")
     lines += preparation
-    sizes = {k: getattr(manifest, k) for k in ("height", "width", "num_frames") if denoiser.takes_prompts}
-    sizes = {k: repr(v) for k, v in sizes.items() if v is not None}
-    arguments = {k: repr(v) for k, v in call.arguments.items()}
-    clip = _clip(denoiser)
-    last = {"generator": "generators"} | ({"output_type": "'pil'"} if clip else {})
-    keywords = ", ".join(f"{k}={v}" for k, v in (rows | sizes | arguments | last).items())
-    if clip:
-        lines.append(f"clip, *_ = pipe({keywords}).frames")
+    if denoiser.takes_prompts:
+        sizes = {k: getattr(manifest, k) for k in ("height", "width", *(["num_frames"] if _clip(denoiser) else []))}
+        rows |= _coded({k: v for k, v in sizes.items() if v is not None})
+    called = partial(_call, "pipe", **rows, **_coded(call.arguments), generator="generators")
+    if _clip(denoiser):
+        lines.append(f"clip, *_ = {called(output_type=code('pil'))}.frames")
         lines.append(f'clip[0].save("clip.gif", save_all=True, append_images=clip[1:], duration={1000 // FPS}, loop=0)')
     else:
-        lines += [f"image, *_ = pipe({keywords}).images", 'image.save("image.png")']
+        lines += [f"image, *_ = {called()}.images", 'image.save("image.png")']
     return "\n".join(lines) + "\n"
 
 
@@ -82,7 +79,7 @@ def card(
     config: str | None = None,
 ) -> str:
     """The README.md of a student, with the hub's front matter; arguments as in `snippet`, `config` the run's YAML."""
-    lora, base, steps = manifest.kind == "lora", _base(manifest), sorted(manifest.plans, reverse=True)
+    lora, base, steps = manifest.kind == "lora", resolve(manifest.base), sorted(manifest.plans, reverse=True)
     hub = not Path(base).exists()
     task = "unconditional-image-generation" if not denoiser.takes_prompts else "text-to-image"
     front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-video" if _clip(denoiser) else task}
@@ -101,7 +98,7 @@ def card(
     ]
     for k in steps:
         plan = manifest.plans[k]
-        scales = sorted({s.guidance_scale for s in plan.steps})
+        scales = dict.fromkeys(s.guidance_scale for s in plan.steps)
         guidance = (
             ", ".join(f"{s:g}" for s in scales) if plan.embedded_guidance is None else f"{plan.embedded_guidance:g}"
         )
@@ -116,17 +113,17 @@ def card(
             "A level is 1 for noise and 0 for clean, before any resolution-dependent shift. NFE counts passes of one",
         ),
         *("image through the network: a guided step takes two.", "", "## Run it in plain diffusers", ""),
-        'Run in this folder, or put the hub id or path of this folder in place of `"."`. One seed gives one image,',
-        "whatever the batch.",
+        'Run in this folder, or put its path or hub id in place of `"."`. One seed gives one sample, whatever the batch.',
+        f"Written for diffusers {version('diffusers')}.",
     ]
     prompts = _prompts(config)
     for k in steps:
         code = snippet(denoiser, manifest, scheduler, calls[k], weights, prompts)
         lines += ["", f"### {k} step{'' if k == 1 else 's'}", "", "```python", code.rstrip(), "```"]
-    if lora and not denoiser.takes_lora:
+    if lora and not weights:
         lines += [
-            *("", f"{manifest.pipeline} loads no LoRA, so the weights here have it added in. The LoRA itself, for"),
-            '`peft.PeftModel.from_pretrained(pipe.unet, "peft")` over the base, is in `peft/`.',
+            "",
+            "The weights here have the LoRA added in. By itself it is in `peft/`, as `peft.PeftModel` reads it.",
         ]
     if config:
         lines += ["", "## How it was made", "", "```yaml", config.rstrip(), "```"]
@@ -137,18 +134,27 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-def _base(manifest: Manifest) -> str:
-    """What `from_pretrained` takes: diffusers knows no `embedded:`."""
-    return resolve(manifest.base)
+def code(value: Any) -> str:
+    """A value as Python writes it, strings in double quotes."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | list) else repr(value)
+
+
+def _coded(arguments: Mapping[str, Any]) -> dict[str, str]:
+    return {k: code(v) for k, v in arguments.items()}
+
+
+def _call(function: str, *positional: str, **keywords: str) -> str:
+    """A call, an argument a line where one line would be long."""
+    arguments = [*positional, *(f"{k}={v}" for k, v in keywords.items())]
+    line = f"{function}({', '.join(arguments)})"
+    if len(line) <= 100:
+        return line
+    return f"{function}(\n" + "".join(f"    {a},\n" for a in arguments) + ")"
 
 
 def _clip(denoiser: Denoiser) -> bool:
     """Whether it makes clips: latents (C, frames, height, width)."""
     return len(denoiser.latent_shape()) == 4
-
-
-def _keywords(arguments: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k}={v!r}" for k, v in arguments.items())
 
 
 def _prompts(config: str | None) -> list[str]:

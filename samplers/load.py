@@ -1,14 +1,25 @@
-"""`load(source)`: a denoiser from a pipeline folder, `embedded:NAME` or a hub id."""
+"""`load(source)`: a denoiser from a pipeline folder, `embedded:NAME`, a hub id, a run or a student's folder."""
 
 from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
+from fewstep.samplers.manifest import (
+    MANIFEST,
+    Manifest,
+    fingerprint,
+    holds_lora,
+    read_manifest,
+    same_weights,
+    weight_files,
+)
 
 FAMILIES = {  # _class_name in model_index.json
     "DDPMPipeline": "fewstep.samplers.denoisers.unet2d:UNet2D",
@@ -29,9 +40,18 @@ def family(class_name: str) -> type[Denoiser]:
 
 
 def resolve(source: str | Path) -> str:
-    """`embedded:NAME` to the shipped folder; anything else stays. Raises UserError for an unknown name."""
+    """`embedded:NAME` to the shipped folder, a run to its student; anything else stays.
+
+    Raises:
+        UserError: for an unknown name, and for a run that has no student yet.
+    """
     source = str(source)
     if not source.startswith("embedded:"):
+        path = Path(source)
+        if (path / "student" / MANIFEST).is_file():
+            return str(path / "student")
+        if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+            raise UserError(f"{source}: this run has no student yet; continue it with --resume")
         return source
     folder = EMBEDDED / source.removeprefix("embedded:")
     if not (folder / "model_index.json").is_file():
@@ -47,6 +67,8 @@ def class_of(source: str | Path, revision: str | None = None) -> str:
         UserError: a missing or broken folder, or a repository that cannot be read, in one line.
     """
     path = Path(resolve(source))
+    if holds_lora(path):
+        return read_manifest(path).pipeline
     if path.is_dir():
         index = path / "model_index.json"
         if not index.is_file():
@@ -57,7 +79,7 @@ def class_of(source: str | Path, revision: str | None = None) -> str:
         raise UserError(f"{source}: no such folder, and not a hub id of the form ORG/NAME")
     try:
         return json.loads(index.read_text())["_class_name"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{index}: not a pipeline's index ({error})") from error
 
 
@@ -113,9 +135,77 @@ def _first_line(error: BaseException) -> str:
 
 
 def load(source: str | Path, revision: str | None = None, variant: str | None = None, **components: Any) -> Denoiser:
-    """The denoiser of a source, weights in float32 unless `torch_dtype` is among `components`."""
-    pipeline = load_pipeline(source, revision, variant, **components)
-    return denoiser_of(pipeline)
+    """The denoiser of a source, weights in float32 unless `torch_dtype` is among `components`.
+
+    A LoRA is added into the weights: what is loaded here may be a teacher, and gets adapters of its own.
+    """
+    if not holds_lora(resolve(source)):
+        return denoiser_of(load_pipeline(source, revision, variant, **components))
+    student, _ = load_student(source, variant=variant, **components)
+    student.pipeline.fuse_lora(components=list(student.networks))
+    student.pipeline.unload_lora_weights()
+    return student
+
+
+def load_student(
+    source: str | Path, base: str | Path | None = None, variant: str | None = None, **components: Any
+) -> tuple[Denoiser, Manifest]:
+    """A student and what it says of itself, for its own size of samples; a LoRA stays an adapter on its base.
+
+    Args:
+        source: a run, or a student's folder.
+        base: where the base of a LoRA is, if not where the manifest says: a folder, `embedded:NAME` or a hub id.
+        variant: of the base's files.
+        components: further arguments of the pipeline's `from_pretrained`.
+
+    Raises:
+        UserError: no student there, no base, another base, broken weights; in one line.
+    """
+    folder = Path(resolve(source))
+    manifest = read_manifest(folder)
+    family(manifest.pipeline)
+    if holds_lora(folder):
+        denoiser = _on_base(folder, manifest, base, variant, **components)
+    else:
+        denoiser = denoiser_of(load_pipeline(folder, **components))
+    return denoiser.at(denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)), manifest
+
+
+def _on_base(
+    folder: Path, manifest: Manifest, base: str | Path | None, variant: str | None, **components: Any
+) -> Denoiser:
+    where = manifest.base if base is None else base
+    try:
+        teacher = load(where, manifest.revision if base is None else None, variant, **components)
+    except UserError as error:
+        raise UserError(f"{folder}: its base cannot be loaded; {error}; base= names another place of it") from error
+    if type(teacher.pipeline).__name__ != manifest.pipeline or not same_weights(
+        fingerprint(teacher), manifest.fingerprint
+    ):
+        raise UserError(f"{folder}: a LoRA of another base; {where} does not hold the weights that it was made from")
+    for arguments in weight_files(teacher).values():
+        path = folder / arguments["weight_name"]
+        try:
+            with _quiet():  # diffusers warns that the text encoder gets no LoRA
+                # without use_safetensors it would look for a pickle where the file is broken
+                teacher.pipeline.load_lora_weights(folder, use_safetensors=True, **arguments)
+        except Exception as error:  # diffusers, peft and safetensors each have their own kinds
+            raise UserError(f"{path}: cannot be loaded as a LoRA: {_first_line(error)}") from error
+    if not all(getattr(network, "peft_config", None) for network in teacher.networks.values()):
+        raise UserError(f"{folder}: its LoRA files name no layer of {manifest.pipeline}")
+    return denoiser_of(teacher.pipeline)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def denoiser_of(pipeline: Any) -> Denoiser:

@@ -132,7 +132,7 @@ def tiny_stable_diffusion(
         prediction_type=prediction_type,
         rescale_betas_zero_snr=zero_terminal_snr,
         timestep_spacing="trailing" if zero_terminal_snr else "leading",
-        steps_offset=0 if zero_terminal_snr else 1,
+        steps_offset=1,
     )
     return StableDiffusionPipeline(
         image_vae(), clip_text(tokenizer), tokenizer, unet, scheduler, None, None, requires_safety_checker=False

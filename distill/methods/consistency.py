@@ -18,6 +18,7 @@ from torch import Tensor
 from fewstep.distill.config import LCMConfig
 from fewstep.distill.distiller import Batch, Distiller, Losses, Role
 from fewstep.distill.networks import Networks
+from fewstep.distill.objectives.levels import start_scale
 from fewstep.distill.objectives.robust import pseudo_huber
 from fewstep.distill.random import Rngs
 from fewstep.samplers import rules
@@ -91,7 +92,8 @@ class Consistency(Distiller):
         levels = [(n - (i * n) // steps) / n for i in range(steps)]
         high = self.config.guidance_scale_max
         guidance = None if high is None else (self.config.guidance_scale + high) / 2
-        return plan_of_levels(levels, rule="consistency", embedded_guidance=guidance)
+        scale = start_scale(self.noise)
+        return plan_of_levels(levels, rule="consistency", initial_scale=scale, embedded_guidance=guidance)
 
     def forwards(self) -> dict[str, dict[str, float]]:
         teacher = 1 if self.config.guidance_scale in (0, 1) and not self.embedded else 2

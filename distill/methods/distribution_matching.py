@@ -17,10 +17,11 @@ from fewstep.distill.config import DMD2Config
 from fewstep.distill.distiller import Batch, Distiller, Losses, Role
 from fewstep.distill.networks import Networks
 from fewstep.distill.objectives.divergence import mean_gap, reverse_kl, spread, surrogate
+from fewstep.distill.objectives.levels import even_levels, start_scale
 from fewstep.distill.random import Rngs
 from fewstep.samplers import rules
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.plan import SamplingPlan, uniform_plan
+from fewstep.samplers.plan import SamplingPlan, plan_of_levels
 
 
 @dataclass
@@ -72,12 +73,14 @@ class DistributionMatching(Distiller):
         count = self.config.steps[int(torch.randint(len(self.config.steps), (1,), generator=source))]
         stop = int(torch.randint(count, (1,), generator=source))
         plan = self.plan(count)
-        x = rng.normal("start", batch.shape)
+        x = plan.initial_scale * rng.normal("start", batch.shape)
         for i, step in enumerate(plan.steps[: stop + 1]):
             t, s = (self.noise.shift(torch.tensor(v, device=x.device)) for v in (step.level, step.to))
             with torch.set_grad_enabled(graph and i == stop):
                 x0 = self.student.denoiser.x0(x, t, batch.condition)
             if i < stop:
+                if self.noise.clip_range is not None:  # as sampling does
+                    x0 = x0.clamp(-self.noise.clip_range, self.noise.clip_range)
                 mean, std = rules.consistency(x, x0, t, s, self.noise)
                 x = mean + std * rng.normal(f"rollout {i}", batch.shape)
         return x0
@@ -104,8 +107,10 @@ class DistributionMatching(Distiller):
 
     def plan(self, steps: int) -> SamplingPlan:
         if steps not in self.config.steps:
-            raise UserError(f"steps {steps}: this student was trained for {', '.join(map(str, self.step_counts))} steps")
-        return uniform_plan(steps, rule="consistency")
+            counts = ", ".join(map(str, self.step_counts))
+            raise UserError(f"steps {steps}: this student was trained for {counts} steps")
+        levels = even_levels(self.noise, steps)
+        return plan_of_levels(levels, rule="consistency", initial_scale=start_scale(self.noise))
 
     def forwards(self) -> dict[str, dict[str, float]]:
         c = self.config

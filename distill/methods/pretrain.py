@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.distill.config import PretrainConfig
 from fewstep.distill.distiller import Batch, Distiller, Losses, Role
 from fewstep.distill.networks import Networks
+from fewstep.distill.objectives.levels import start_scale
 from fewstep.distill.random import Rngs
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.errors import UserError
@@ -37,9 +38,17 @@ class Pretrain(Distiller):
         self.student = networks.trained("student")
         self.noise = self.student.denoiser.noise
         if config.train_text_encoder:
-            encoder = networks.base.pipeline.text_encoder.train()
+            encoder = self._text_encoder(networks).float().train()
             self.student.modules["text_encoder"] = encoder
             self.student.parameters |= {f"text_encoder.{k}": p for k, p in encoder.named_parameters()}
+
+    def _text_encoder(self, networks: Networks) -> nn.Module:
+        encoder = getattr(networks.base.pipeline, "text_encoder", None)
+        if encoder is None:
+            raise UserError(f"train_text_encoder: {type(networks.base.pipeline).__name__} has no text encoder")
+        if networks.kind == "lora":
+            raise UserError("train_text_encoder: a LoRA student carries no text encoder; set student: full")
+        return encoder
 
     def roles(self) -> dict[str, Role]:
         return {"student": self.student}
@@ -64,14 +73,12 @@ class Pretrain(Distiller):
         yield Losses(loss, {"loss": loss.detach()})
 
     def weight(self, t: Tensor) -> Tensor:
-        """Min-SNR: min(SNR, gamma) on x0, said on the raw output of each prediction type (arXiv:2303.09556)."""
+        """Min-SNR (arXiv:2303.09556): min(SNR, gamma) on the error of x0, said on that of the network's raw output."""
         if self.config.snr_gamma is None:
             return torch.ones_like(t)
         snr = (self.noise.alpha(t) / self.noise.sigma(t)).square()
-        capped = snr.clamp(max=self.config.snr_gamma)
-        per_output = {"epsilon": 1 / snr.clamp(min=1e-8), "sample": torch.ones_like(snr), "v_prediction": 1 / (snr + 1)}
-        # flow: x0 = x_t - t v
-        return capped * per_output.get(self.noise.prediction_type, self.noise.sigma(t).square())
+        x0_per_output = self.noise.x0(torch.ones_like(t), torch.zeros_like(t), t)
+        return snr.clamp(max=self.config.snr_gamma) * x0_per_output.square()
 
     @property
     def step_counts(self) -> tuple[int, ...]:
@@ -80,7 +87,8 @@ class Pretrain(Distiller):
     def plan(self, steps: int) -> SamplingPlan:
         if steps not in self.step_counts:
             raise UserError(f"steps {steps}: this model declares {list(self.step_counts)}")
-        return uniform_plan(steps, self.config.validation_guidance_scale or 1.0)
+        guidance = self.config.validation_guidance_scale or 1.0
+        return uniform_plan(steps, guidance, initial_scale=start_scale(self.noise))
 
     def forwards(self) -> dict[str, dict[str, float]]:
         return {"student": {"forward": 0, "backward": 1}}

@@ -34,7 +34,7 @@ from fewstep.metrics.emoji.drawings import (
 )
 from fewstep.metrics.emoji.judge import Judge, save
 
-BATCH, RATE, WARM_UP = 128, 2e-3, 100
+BATCH, RATE, WARM_UP, REPORT = 128, 2e-3, 100, 100
 SEED = 10_000
 """Teachers train on `compositions` of small seeds; the judge's are larger."""
 LEVELS = {"full": 0.5, "category": 0.25, "any color": 0.1, "background": 0.1, "empty": 0.05}
@@ -131,7 +131,7 @@ def retrieval(judge: Judge, images: Tensor, pairs: list[tuple[int, int]]) -> flo
 
 
 def main(out: str, iterations: int = 1500) -> None:
-    """Train, report every 100 iterations, write OUT/judge.safetensors."""
+    """Train, report and save every REPORT iterations, write OUT/judge.safetensors."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -160,7 +160,7 @@ def main(out: str, iterations: int = 1500) -> None:
         optimizer.step()
         with torch.no_grad():
             judge.log_scale.clamp_(max=math.log(50))
-        if (i + 1) % 100 == 0 or i + 1 == iterations:
+        if (i + 1) % REPORT == 0 or i + 1 == iterations:
             found, rough_found = retrieval(judge, clean, pairs), retrieval(judge, roughened, pairs)
             scale = judge.log_scale.exp().item()
             print(

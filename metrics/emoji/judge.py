@@ -7,6 +7,7 @@ called `fd_emoji` and its score `clip_emoji`: neither is comparable with FID or 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 

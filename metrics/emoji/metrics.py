@@ -1,7 +1,8 @@
 """The embedded figures: how good pictures made from the embedded captions are.
 
 Every figure comes with a standard error by bootstrap (over images; over captions for `coverage`, over groups for
-`diversity`), and is the same for the same input.
+`diversity`), and is the same for the same input. The errors take the prompts to be drawn too: of two rows with the
+same prompts the difference is surer than they say.
 """
 
 from __future__ import annotations

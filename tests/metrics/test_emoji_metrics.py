@@ -20,7 +20,8 @@ from fewstep.metrics.emoji.metrics import REAL_SEED, coverage, emoji_metrics, pa
 PROMPTS = [category_caption(i, c) for i in range(len(CATEGORIES)) for c in (2, 5, 6)]
 CAPTIONS = [PROMPTS[i % len(PROMPTS)] for i in range(240)]  # 30 prompts, 8 images of each
 GROUPS = [i % len(PROMPTS) for i in range(240)]
-EXPECTED = 8 * (1 - (7 / 8) ** 8)  # distinct drawings among 8 real pictures of 8 drawings
+EXPECTED = sum(k * (1 - (1 - 1 / k) ** 8) for k in (len(pairs_of(p)) for p in PROMPTS)) / len(PROMPTS)
+"""Distinct drawings among 8 real pictures of a prompt that allows k."""
 
 
 def picture(drawing: int, color: int, **place: int) -> torch.Tensor:
@@ -43,7 +44,7 @@ def test_real_pictures_are_right_in_everything(real):
     ratio, error = real["coverage"]
     assert abs(ratio - 1) < 4 * error
     assert error < 0.05
-    assert real["coverage_raw"][0] == pytest.approx(ratio * EXPECTED, rel=0.01)
+    assert real["coverage_raw"][0] == pytest.approx(ratio * EXPECTED)
     corrected, error = real["fd_emoji_corrected"]
     assert abs(corrected) < 4 * error
     assert corrected < 0.3 * real["fd_emoji"][0]  # the bias of finite N is most of the raw figure
@@ -56,10 +57,9 @@ def test_a_student_that_collapsed(reference, real):
     found = emoji_metrics(images, CAPTIONS, reference, GROUPS)
     assert found["category_accuracy"][0] == found["background_accuracy"][0] == 1
     assert found["coverage_raw"][0] == 1
-    expected = sum(k * (1 - (1 - 1 / k) ** 8) for k in (len(pairs_of(p)) for p in PROMPTS)) / len(PROMPTS)
-    assert found["coverage"][0] == pytest.approx(1 / expected)
+    assert found["coverage"][0] == pytest.approx(1 / EXPECTED)
     assert found["diversity"][0] == pytest.approx(0, abs=1e-5)
-    assert found["fd_emoji_corrected"][0] > 10 * found["fd_emoji_corrected"][1]
+    assert found["fd_emoji_corrected"][0] > 5 * found["fd_emoji_corrected"][1]
     assert real["diversity"][0] > 0.5
 
 
@@ -102,8 +102,11 @@ def test_captions_without_color_have_no_background_to_be_right(reference):
     assert found["blends"][0] == 0
 
 
-def test_same_input_same_figures(reference, real):
-    assert emoji_metrics(renderings(CAPTIONS, seed=2), CAPTIONS, reference, GROUPS) == real
+def test_same_input_same_figures(reference):
+    images, captions = renderings(CAPTIONS[:20], seed=2), CAPTIONS[:20]
+    first = emoji_metrics(images, captions, reference[:20])
+    torch.rand(3)  # no global random state
+    assert emoji_metrics(images, captions, reference[:20]) == first
 
 
 def test_coverage_counts_drawings_of_a_prompt_once():

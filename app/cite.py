@@ -1,0 +1,99 @@
+"""The papers behind a run, as BibTeX."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from fewstep.distill.config import ConfigError
+
+PAPERS = {
+    "cm": (
+        "2303.01469",
+        "2023",
+        "Consistency Models",
+        ("Yang Song", "Prafulla Dhariwal", "Mark Chen", "Ilya Sutskever"),
+    ),
+    "lcm": (
+        "2310.04378",
+        "2023",
+        "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference",
+        ("Simian Luo", "Yiqin Tan", "Longbo Huang", "Jian Li", "Hang Zhao"),
+    ),
+    "lcm-lora": (
+        "2311.05556",
+        "2023",
+        "LCM-LoRA: A Universal Stable-Diffusion Acceleration Module",
+        (
+            *("Simian Luo", "Yiqin Tan", "Suraj Patil", "Daniel Gu", "Patrick von Platen"),
+            *("Apolinário Passos", "Longbo Huang", "Jian Li", "Hang Zhao"),
+        ),
+    ),
+    "dmd": (
+        "2311.18828",
+        "2023",
+        "One-step Diffusion with Distribution Matching Distillation",
+        (
+            *("Tianwei Yin", "Michaël Gharbi", "Richard Zhang", "Eli Shechtman", "Frédo Durand"),
+            *("William T. Freeman", "Taesung Park"),
+        ),
+    ),
+    "dmd2": (
+        "2405.14867",
+        "2024",
+        "Improved Distribution Matching Distillation for Fast Image Synthesis",
+        (
+            *("Tianwei Yin", "Michaël Gharbi", "Taesung Park", "Richard Zhang", "Eli Shechtman"),
+            *("Frédo Durand", "William T. Freeman"),
+        ),
+    ),
+}
+"""arXiv number, year, title and authors."""
+
+BEHIND: dict[str, tuple[str, ...]] = {"dmd2": ("dmd", "dmd2"), "lcm": ("cm", "lcm"), "pretrain": ()}
+"""Papers of each method, the first first."""
+
+
+def papers(method: str, student: str) -> tuple[str, ...]:
+    """Keys of `PAPERS` behind a method, as LoRA or full."""
+    return (*BEHIND[method], "lcm-lora") if method == "lcm" and student == "lora" else BEHIND[method]
+
+
+def bibtex(key: str) -> str:
+    """One entry."""
+    number, year, title, authors = PAPERS[key]
+    surname = authors[0].split()[-1].lower()
+    fields = {
+        "title": f"{{{title}}}",
+        "author": " and ".join(authors),
+        "year": year,
+        "eprint": number,
+        "archivePrefix": "arXiv",
+        "url": f"https://arxiv.org/abs/{number}",
+    }
+    lines = [f"  {name:<13} = {{{value}}}," for name, value in fields.items()]
+    return "\n".join([f"@misc{{{surname}{year}{key.replace('-', '')},", *lines, "}"])
+
+
+def cite(source: str) -> str:
+    """The papers of what ran in a run's or a student's folder.
+
+    Raises:
+        ConfigError: where there is neither.
+    """
+    folder = Path(source)
+    for name, kind in (("config.yaml", "student"), ("fewstep.json", "kind"), ("student/fewstep.json", "kind")):
+        try:
+            text = (folder / name).read_text(encoding="utf-8")
+            record = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+            keys = papers(record["method"], record[kind])
+        except OSError:
+            continue
+        except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{folder / name}: not a run's record ({type(error).__name__})") from error
+        if not keys:
+            return f"% {record['method']} is ordinary training of a diffusion model: no paper of distillation to cite"
+        return "\n\n".join(bibtex(key) for key in keys)
+    raise ConfigError(f"{source}: neither a run nor a student's folder; a run has config.yaml, a student fewstep.json")

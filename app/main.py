@@ -1,0 +1,212 @@
+"""The command line. Every command imports what it needs when it runs, so that help and refusals answer at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="fewstep",
+    help="Distil a diffusers pipeline (the teacher) into a student that samples in one to four steps, measure what was "
+    "kept, and use it in plain diffusers.\n\n"
+    "A first try, some minutes on two cores: fewstep train quickstart",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+SOURCE = "A run (runs/NAME), a student's folder, a pipeline folder, a hub id (ORG/NAME) or embedded:emoji."
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Classifier-free guidance of a teacher, 1 = none. Default: the pipeline's own.", min=0),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(help="Of a teacher: own, ddim, dpmsolver++, euler or unipc. Default: the best known for few steps."),
+]
+
+
+def _quiet(debug: bool) -> None:
+    """Silence the libraries that a command is about to import."""
+    if not debug:
+        from fewstep.distill.console import quiet
+
+        quiet()
+
+
+@app.command()
+def train(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped one, e.g. quickstart.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys of the config to set, e.g. max_train_steps=200."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config, the roles and the cost; train nothing.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a student.
+
+    The run is written to runs/NAME: checkpoints, previews, the student, and a report that compares it with its
+    teacher. Ctrl-C saves a checkpoint.
+
+    On several devices: accelerate launch -m fewstep.distill CONFIG
+    """
+    from fewstep.distill.console import train_command
+
+    train_command(config, overrides or (), resume, dry_run, debug)
+
+
+@app.command()
+def sample(
+    source: Annotated[str, typer.Argument(help=SOURCE, metavar="SOURCE")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A text file, one prompt a line.", metavar="FILE")] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Of the first image of a prompt; the next has the next.", min=0)] = 0,
+    n: Annotated[int, typer.Option("-n", help="Images of each prompt.", min=1)] = 8,
+    out: Annotated[Path, typer.Option(help="The picture: .png, .jpg, and for clips .gif or .webp.")] = Path(
+        "sample.png"
+    ),
+    guidance_scale: Guidance = None,
+    scheduler: Scheduler = None,
+    debug: Debug = False,
+) -> None:
+    """Sample images into one picture, a row for each prompt.
+
+    A student follows its own plan. A teacher runs its stock pipeline.
+
+    Example: fewstep sample runs/quickstart -p "a fruit on a blue background" --steps 2 --out fruit.png
+    """
+    _quiet(debug)
+    from fewstep.app.sample import sample as run
+
+    number = run(source, prompt or [], prompts, steps, seed, n, out, guidance_scale, scheduler)
+    print(f"{out}: {number} image{'s' if number != 1 else ''} in {steps} step{'s' if steps != 1 else ''}")
+
+
+@app.command()
+def evaluate(
+    sources: Annotated[list[str], typer.Argument(help=SOURCE, metavar="SOURCE")],
+    steps: Annotated[str, typer.Option(help="Step counts, a row for each and each source.")] = "1,2,4",
+    metrics: Annotated[
+        str | None, typer.Option(help="Names of figures, with commas. Default: those that suit the prompts.")
+    ] = None,
+    num: Annotated[int, typer.Option(help="Images of each row.", min=4)] = 256,
+    prompts: Annotated[
+        str, typer.Option(help="A text file, embedded:emoji, embedded:emoji/full or embedded:emoji/held-out.")
+    ] = "embedded:emoji",
+    out: Annotated[Path, typer.Option(help="The report; a table and a picture stand beside it.")] = Path("report.json"),
+    guidance_scale: Guidance = None,
+    scheduler: Scheduler = None,
+    teacher_steps: Annotated[int, typer.Option(help="Of the target of psnr_to_teacher.", min=1)] = 50,
+    seed: Annotated[int, typer.Option(help="Of prompts and images.", min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images sampled at once.", min=1)] = 16,
+    debug: Debug = False,
+) -> None:
+    """Measure students and teachers on the same prompts and noise.
+
+    With the embedded prompts: fd_emoji, clip_emoji, coverage and the like. With any: psnr_to_teacher, the distance to
+    the teacher's many-step picture of the same noise, and pixel_distance, the variety among images of one prompt.
+
+    Example: fewstep evaluate runs/quickstart embedded:emoji --steps 1,2,4 --num 256 --out report.json
+    """
+    _quiet(debug)
+    from fewstep.app.evaluate import evaluate as run
+    from fewstep.distill.report import show
+
+    counts = _numbers("--steps", steps)
+    names = [m.strip() for m in metrics.split(",") if m.strip()] if metrics else None
+    show(run(sources, counts, names, num, prompts, out, guidance_scale, scheduler, seed, teacher_steps, batch_size))
+    print(f"report   {out}\npicture  {out.with_suffix('.png')}")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,2,4", param_hint=option)
+    return numbers
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run or a student's folder.", metavar="RUN")],
+    out: Annotated[Path, typer.Argument(help="A new folder.", metavar="OUT")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="diffusers: the student's own folder, for load_lora_weights or from_pretrained. "
+            "fused: a whole pipeline, the LoRA added into its weights. peft: the LoRA alone, for PeftModel."
+        ),
+    ] = "diffusers",
+    debug: Debug = False,
+) -> None:
+    """Write a student for use elsewhere.
+
+    Example: fewstep export runs/quickstart my-model --format fused
+    """
+    _quiet(debug)
+    from fewstep.app.export import export as write
+
+    for line in write(run, format, out):
+        print(line)
+
+
+@app.command()
+def methods(debug: Debug = False) -> None:
+    """List the methods of distillation: what each needs, trains and costs."""
+    from fewstep.app import tables
+    from fewstep.distill.console import columns
+
+    print(columns(tables.methods()))
+
+
+@app.command()
+def backbones(debug: Debug = False) -> None:
+    """List the pipelines that can be teachers."""
+    from fewstep.app import tables
+    from fewstep.distill.console import columns
+
+    print(columns(tables.backbones()))
+
+
+@app.command()
+def cite(
+    run: Annotated[str, typer.Argument(help="A run or a student's folder.", metavar="RUN")], debug: Debug = False
+) -> None:
+    """Print the BibTeX of the papers behind a run."""
+    from fewstep.app.cite import cite as bibtex
+
+    print(bibtex(run))
+
+
+def main() -> None:
+    """`fewstep`: run a command, and exit with 0, with 2 after a mistake of the user's, or with 130 when interrupted."""
+    from fewstep.distill.console import answer
+
+    sys.exit(answer(lambda: _run(sys.argv[1:] or ["--help"]), "--debug" in sys.argv))
+
+
+def _run(arguments: list[str]) -> None:
+    usage = typer.BadParameter.__mro__[2]  # click's ClickException, which typer has moved about
+    try:
+        app(arguments, prog_name="fewstep", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except usage as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "fewstep"
+        message = " ".join(error.format_message().split()).rstrip(".")  # type: ignore[attr-defined]
+        print(f"{command}: {message}; see {command} --help", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,81 @@
+"""`fewstep sample`: a picture from a student or a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewstep.distill import picture
+from fewstep.distill.data import read_prompts
+from fewstep.distill.evaluation import Sampler, Teacher, student_folder, student_sampler
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import load_student
+
+ANIMATED = (".gif", ".webp")
+
+
+def sampler_of(source: str, steps: int, guidance: float | None, scheduler: str | None) -> Sampler:
+    """A student by its own plan, or a pipeline by a stock scheduler."""
+    if student_folder(source) is None:
+        return Teacher(source).sampler(steps, guidance, scheduler)
+    if scheduler is not None:
+        raise UserError(f"--scheduler {scheduler}: {source} is a student, which samples by its own plan; leave it out")
+    student, manifest = load_student(source)
+    return student_sampler(student, manifest, source, steps, guidance)
+
+
+def sample(
+    source: str,
+    prompts: list[str],
+    file: str | None,
+    steps: int,
+    seed: int,
+    n: int,
+    out: Path,
+    guidance: float | None,
+    scheduler: str | None,
+    batch_size: int = 16,
+) -> int:
+    """Write a picture: a row of n images for each prompt, image j from seed + j; of clips a row of frames each.
+
+    Returns:
+        Number of images.
+    """
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", *ANIMATED):
+        raise UserError(f"--out {out}: must end in .png, .jpg, .gif or .webp")
+    prompts = prompts + (read_prompts(file) if file else [])
+    if not prompts:
+        raise UserError("no prompt: say -p PROMPT, or --prompts FILE with one prompt a line")
+    sampler = sampler_of(source, steps, guidance, scheduler)
+    every = [(p, seed + j) for p in prompts for j in range(n)]
+    parts = []
+    for i in range(0, len(every), batch_size):
+        batch = every[i : i + batch_size]
+        parts.append(sampler.images([p for p, _ in batch], [s for _, s in batch]))
+    images = (torch.cat(parts) * 255).round().to(torch.uint8)
+    if out.suffix.lower() in ANIMATED and images.ndim == 5:
+        save_clips(images, n, out)
+    else:
+        picture.save(grid(images, n), out)
+    return len(every)
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """Images (N, 3, H, W) in rows of `columns`; clips (N, F, 3, H, W) as a row of frames each."""
+    if images.ndim == 5:
+        return picture.sheet(images)
+    rows = images.view(-1, columns, *images.shape[1:])  # (rows, columns, 3, H, W)
+    return picture.to_image(rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2))
+
+
+def save_clips(clips: Tensor, columns: int, out: Path, frames_per_second: int = 8) -> None:
+    """Clips (N, F, 3, H, W) side by side as one animation."""
+    first, *rest = [grid(clips[:, f], columns) for f in range(clips.shape[1])]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        first.save(out, save_all=True, append_images=rest, duration=1000 // frames_per_second, loop=0)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,60 @@
+"""The tables of `fewstep methods` and `fewstep backbones`, read from the code that they describe."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from fewstep.app.cite import BEHIND, PAPERS
+from fewstep.distill.config import METHODS
+from fewstep.distill.methods import distiller
+from fewstep.distill.networks import Networks
+from fewstep.samplers.load import FAMILIES, family
+from fewstep.samplers.noise import Flow
+
+
+class Outline:
+    """In place of a teacher: what `Networks` asks of one, around a network of one weight."""
+
+    lora_targets = ()
+    takes_guidance = False
+
+    def __init__(self) -> None:
+        self.networks = {"network": torch.nn.Linear(1, 1)}
+        self.noise = Flow()
+
+    def with_networks(self, networks: dict[str, Any]) -> Outline:
+        """The roles of an outline are its own."""
+        return self
+
+
+def methods() -> list[list[str]]:
+    """A row for each method: name, what it needs, what it trains, calls of an iteration at the defaults, papers."""
+    table = [["method", "needs", "trains", "forwards / backwards per iteration", "papers (arXiv)"]]
+    for name in sorted(METHODS):
+        cls = distiller(name)
+        config = METHODS[name].model_validate({"method": name, "teacher": "any", "student": "full"})
+        method: Any = cls(config, Networks(Outline(), "full"))  # type: ignore[call-arg, arg-type]
+        trained = ", ".join(role for role, r in method.roles().items() if r.trained)
+        costs = [
+            f"{c['forward'] + c['backward']:g} / {c['backward']:g}"
+            + (f" ({what})" if len(method.forwards()) > 1 else "")
+            for what, c in method.forwards().items()
+        ]
+        behind = ", ".join(PAPERS[key][0] for key in BEHIND[name])
+        table.append([name, ", ".join(sorted(cls.needs)), trained, "; ".join(costs), behind or "-"])
+    return table
+
+
+def backbones() -> list[list[str]]:
+    """A row for each pipeline class: networks, students, and what it is."""
+    table = [["pipeline", "networks", "student in plain diffusers", "what it is"]]
+    for name in sorted(FAMILIES):
+        cls = family(name)
+        about = (importlib.import_module(cls.__module__).__doc__ or "").strip().splitlines()[0]
+        about = about.partition(": ")[2].rstrip(".") or about
+        student = "LoRA or full" if cls.takes_lora else "full (a LoRA is fused)"
+        table.append([name, ", ".join(cls.network_names), student, about])
+    return table

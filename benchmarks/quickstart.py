@@ -1,0 +1,250 @@
+"""The figures of a student of the embedded teacher against its teacher at its best, with many samples.
+
+    python benchmarks/quickstart.py runs/quickstart
+
+For every set of prompts and number of steps a sweep over solvers, spacings and guidance scales finds the teacher's best
+row at a small N (by `fd_emoji`); all rows are then drawn at the full N, from the same prompts and seeds. Writes
+benchmarks/quickstart.md and .json. Every drawn row and every point of the sweep is kept in --cache, so that a run that
+was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fewstep.distill.console import answer, quiet
+
+quiet()
+
+from fewstep.distill.evaluation import (  # noqa: E402
+    REFERENCE_SEED,
+    Drawn,
+    Sampler,
+    Teacher,
+    draw,
+    student_folder,
+    student_sampler,
+)
+from fewstep.distill.prompt_sets import EMBEDDED, PromptSet, prompt_set  # noqa: E402
+from fewstep.distill.report import Comparison, markdown, write_json  # noqa: E402
+from fewstep.metrics.emoji.judge import features  # noqa: E402
+from fewstep.metrics.emoji.metrics import REAL_SEED as CORRECTION_SEED  # noqa: E402
+from fewstep.metrics.emoji.metrics import renderings  # noqa: E402
+from fewstep.metrics.frechet import frechet_distance, stderr  # noqa: E402
+from fewstep.samplers.baseline import SPACINGS  # noqa: E402
+from fewstep.samplers.errors import UserError  # noqa: E402
+from fewstep.samplers.load import load_student  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor, tensor  # noqa: E402
+
+SOLVERS = ("dpmsolver++", "unipc", "ddim")
+GOALS = {  # student's steps: (of the teacher's as many steps, of the teacher's most), ratios of corrected fd_emoji
+    4: (1.0, 1.1),
+    2: (0.5, 1.25),
+    1: (0.5, 2.0),
+}
+WITHIN = ("clip_emoji", "category_accuracy", "background_accuracy", "coverage")
+"""Figures of the student's four steps that are to be within 5% of the teacher's most."""
+
+
+class Choice(NamedTuple):
+    """How a teacher's row is sampled."""
+
+    scheduler: str
+    spacing: str
+    guidance: float
+
+
+def say(line: str) -> None:
+    """A line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Cache:
+    """What was drawn and swept, by content: another teacher or student has other keys."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, key: list[Any], ending: str) -> Path:
+        return self.folder / f"{sha256(json.dumps(key).encode()).hexdigest()[:24]}.{ending}"
+
+    def number(self, key: list[Any], make: Callable[[], float]) -> float:
+        """A number that is computed once."""
+        path = self._path(key, "json")
+        if not path.is_file():
+            path.write_text(json.dumps({"key": key, "value": make()}))
+        return json.loads(path.read_text())["value"]
+
+    def drawn(self, key: list[Any], make: Callable[[], Drawn]) -> Drawn:
+        """A row that is drawn once."""
+        path = self._path(key, "safetensors")
+        if not path.is_file():
+            row = make()
+            cost = tensor([row.seconds_per_image, row.nfe])
+            save_file({"images": row.images, "cost": cost}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+        stored = load_file(path)
+        return Drawn(stored["images"], *stored["cost"].tolist())
+
+
+def sweep(
+    teacher: Teacher, mark: str, prompts: PromptSet, reference: Tensor, steps: int, guidance: list[float], cache: Cache
+) -> tuple[Choice, list[dict[str, Any]]]:
+    """The choice with the lowest `fd_emoji` of a small set, and all that were tried, best first."""
+    tried = []
+    for choice in map(Choice._make, itertools.product(SOLVERS, SPACINGS, guidance)):
+
+        def distance(choice: Choice = choice) -> float:
+            sampler = teacher.sampler(steps, choice.guidance, choice.scheduler, choice.spacing)
+            return frechet_distance(reference, features(draw(sampler, prompts, 50).images))
+
+        value = cache.number([mark, prompts.name, len(prompts), steps, *choice], distance)
+        tried.append({**choice._asdict(), "fd_emoji": value})
+        say(f"sweep {prompts.name}, {steps} steps, {' '.join(map(str, choice))}: {value:.3f}")
+    tried.sort(key=lambda entry: entry["fd_emoji"])
+    best = tried[0]
+    return Choice(best["scheduler"], best["spacing"], best["guidance"]), tried
+
+
+def ratio(student: Tensor, teacher: Tensor, real: Tensor, reference: Tensor) -> tuple[float, float]:
+    """(fd(student) - fd(real)) / (fd(teacher) - fd(real)) of features to the reference, and its bootstrap error."""
+
+    def value(i: Tensor, j: Tensor, k: Tensor, m: Tensor) -> float:
+        floor = frechet_distance(reference[m], real[k])
+        above = [frechet_distance(reference[m], f) - floor for f in (student[i], teacher[j])]
+        return above[0] / above[1]
+
+    sizes = [len(f) for f in (student, teacher, real, reference)]
+    return value(*(tensor(range(n)) for n in sizes)), stderr(value, *sizes)
+
+
+def weights_mark(folder: Path) -> str:
+    """A hash of a student's weights."""
+    digest = sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def rows(
+    run: Path, prompts: PromptSet, small: PromptSet, options: argparse.Namespace, cache: Cache, swept: dict[str, Any]
+) -> Iterator[tuple[Sampler, Drawn]]:
+    """Every row of a set of prompts: the teacher's best of each number of steps, then the student's."""
+    folder = student_folder(run)
+    if folder is None:
+        raise UserError(f"{run}: neither a run nor a student's folder")
+    student, manifest = load_student(run)
+    teacher = Teacher(options.teacher or manifest.base, manifest.revision)
+    reference = features(renderings(prompts.prompts, REFERENCE_SEED))
+    for steps in options.steps:
+        choice, tried = sweep(teacher, manifest.fingerprint, small, reference, steps, options.guidance, cache)
+        swept[f"{prompts.name}, {steps} steps"] = tried
+        sampler = teacher.sampler(steps, choice.guidance, choice.scheduler, choice.spacing)
+        key = [manifest.fingerprint, prompts.name, len(prompts), steps, *choice]
+        yield sampler, cache.drawn(key, lambda sampler=sampler: draw(sampler, prompts, 50))
+    for steps in sorted(manifest.plans, reverse=True):
+        sampler = student_sampler(student, manifest, str(run), steps)
+        key = [weights_mark(folder), prompts.name, len(prompts), steps]
+        yield sampler, cache.drawn(key, lambda sampler=sampler: draw(sampler, prompts, 50))
+
+
+def goals(
+    table: list[dict[str, Any]], seen: dict[tuple[str, int], Tensor], prompts: PromptSet, most: int
+) -> list[list[str]]:
+    """The goals, what was reached, and whether."""
+    reference, real = (features(renderings(prompts.prompts, s)) for s in (REFERENCE_SEED, CORRECTION_SEED))
+    out = [["goal", "reached", "met"]]
+    for steps, (same, many) in GOALS.items():
+        for against, bound in ((steps, same), (most, many)):
+            if ("student", steps) in seen and ("teacher", against) in seen:
+                value, error = ratio(seen["student", steps], seen["teacher", against], real, reference)
+                said = f"corrected fd_emoji, student {steps} / teacher {against}: at most {bound:g}"
+                out.append([said, f"{value:.2f} ± {error:.2f}", "yes" if value <= bound else "no"])
+    by = {(row["role"], row["steps"]): row["metrics"] for row in table}
+    if ("student", 4) in by and ("teacher", most) in by:
+        for name in WITHIN:
+            value = by["student", 4][name]["value"] / by["teacher", most][name]["value"]
+            out.append([f"{name}, student 4 / teacher {most}: at least 0.95", f"{value:.3f}", yes(value >= 0.95)])
+    return out
+
+
+def yes(met: bool) -> str:
+    """`yes` or `no`."""
+    return "yes" if met else "no"
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Draw, judge, write."""
+    cache = Cache(options.cache)
+    sets = [prompt_set(name, options.num, options.seed) for name in options.prompts]
+    comparison, swept, judged = Comparison(sets, say=say), {}, {}
+    for i, prompts in enumerate(sets):
+        small = prompt_set(prompts.name, options.sweep_num, options.seed)
+        seen = {}
+        for sampler, drawn in rows(options.run, prompts, small, options, cache, swept):
+            comparison.keep(i, sampler, drawn)
+            seen[sampler.role, sampler.steps] = features(drawn.images)
+        judged[prompts.name] = goals(comparison.rows[i], seen, prompts, max(options.steps))
+    report = comparison.report() | {"sweep": swept, "goals": judged}
+    write_json(report, options.out.with_suffix(".json"))
+    text = [
+        f"# {options.run}: student against the teacher's best",
+        f"Made by `python benchmarks/quickstart.py {options.run} --num {options.num}`. Teacher rows: the best of "
+        f"{', '.join(SOLVERS)}, spacings {', '.join(SPACINGS)} and guidance {', '.join(map(str, options.guidance))}, by "
+        f"fd_emoji of {options.sweep_num} samples. Corrected: less the distance of as many real pictures.",
+        markdown(report).strip(),
+        *(f"Goals, prompts {name}:\n\n{lines(table)}" for name, table in judged.items()),
+        f"The teacher's best settings:\n\n{lines(chosen(report))}",
+    ]
+    options.out.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    print("\n\n".join(text[2:]))
+
+
+def chosen(report: dict[str, Any]) -> list[list[str]]:
+    """What the sweeps found."""
+    found = [["prompts", "steps", "solver", "guidance"]]
+    for block in [report, *report["blocks"]]:
+        for row in block["rows"]:
+            if row["role"] == "teacher":
+                found.append([block["prompts"], str(row["steps"]), row["scheduler"], f"{row['guidance']:g}"])
+    return found
+
+
+def lines(table: list[list[str]]) -> str:
+    """A table in markdown."""
+    text = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([text[0], "|" + " --- |" * len(table[0]), *text[1:]])
+
+
+def main() -> None:
+    """Parse and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def numbers(kind: type) -> Callable[[str], list[Any]]:
+        return lambda text: [kind(part) for part in text.split(",")]
+
+    parser.add_argument("run", type=Path, help="a run or a student's folder")
+    parser.add_argument("--teacher", help="default: the student's base")
+    parser.add_argument("--num", type=int, default=2000, help="samples of every row")
+    parser.add_argument("--sweep-num", type=int, default=128, help="samples of every point of the sweep")
+    parser.add_argument("--steps", type=numbers(int), default=[50, 4, 2, 1], help="of the teacher")
+    parser.add_argument("--guidance", type=numbers(float), default=[1.0, 1.5, 2.0, 3.0, 4.0], help="of the sweep")
+    parser.add_argument("--prompts", type=numbers(str), default=list(EMBEDDED), help="sets, the first is the main one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache", type=Path, default=Path("runs/benchmark-quickstart"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(""))
+    options = parser.parse_args()
+    sys.exit(answer(lambda: benchmark(options)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Gaussian roles under the real trainer: samples of many equal entries, students that are the exact ODE map, their laws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.distill.distiller import Distiller
+from fewstep.distill.networks import Networks
+from fewstep.distill.run import methods_distiller
+from fewstep.distill.trainer import Trainer
+from fewstep.samplers.noise import EDM, Flow, NoiseProcess
+from tests.closed_form import GaussianNetwork, GaussianTeacher, vp
+from tests.distill.runs import config, trainer
+
+PROCESSES: dict[str, NoiseProcess] = {
+    "vp": vp(),
+    "vp_v_zero_snr": vp("v_prediction", zero_terminal_snr=True),
+    "flow": Flow(),
+    "flow_shifted": Flow(3.0),
+    "edm": EDM(sigma_max=5.0),
+}
+
+
+class Network(GaussianNetwork):
+    """With `jump` its x0 is not the posterior mean but the exact ODE map of N(mean, std^2): m + std/v (x_t - alpha m).
+
+    v^2 = alpha^2 std^2 + sigma^2. No corrections then.
+    """
+
+    jump = False
+
+    def forward(self, x_t: Tensor, time: Tensor, shift: Tensor, guidance: Tensor | None = None) -> Tensor:
+        if not self.jump:
+            return super().forward(x_t, time, shift, guidance)
+        t = self.noise.from_model_time(time).to(x_t.dtype)
+        if guidance is not None and self.guided is not None:
+            shift = shift * (1 + self.guided * (guidance - 1))
+        mean, std = self.mean + self.gain * shift.reshape(-1, *[1] * (x_t.ndim - 1)), self.log_std.exp()
+        alpha, sigma = self.noise.levels(t, x_t)
+        x0 = mean + std * (x_t - alpha * mean) / (alpha**2 * std**2 + sigma**2).sqrt()
+        return self.noise.output(x0, self.noise.eps_of_x0(x0, x_t, t), t)
+
+
+class Teacher(GaussianTeacher):
+    """Samples (C, side, side) whose entries share the numbers of their channel: a batch is many draws in C dimensions."""
+
+    def __init__(
+        self,
+        noise: NoiseProcess,
+        mean: list[float],
+        std: list[float],
+        side: int = 8,
+        knots: int = 16,
+        guided: float | None = None,
+    ):
+        one = (len(mean), 1, 1)
+        super().__init__(noise, torch.tensor(mean).reshape(one), torch.tensor(std).reshape(one), one, knots, guided)
+        self.networks = {"network": Network(noise, self.mean, self.std, knots, one, guided)}
+        self.side = side
+
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
+        return self._shape[0], self.side, self.side
+
+    def with_guidance_input(self) -> Teacher:
+        mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
+        return Teacher(self.noise, mean, std, self.side, len(self.network.scale) - 1, guided=0.0)
+
+
+def method(folder: Path, teacher: Teacher, **changes: Any) -> Distiller:
+    """A method over full copies of a teacher; `changes` are keys of its config."""
+    return methods_distiller(config(folder, student="full", **changes), Networks(teacher, "full"))
+
+
+def under_training(
+    folder: Path, method: Distiller, teacher: Teacher, prompts: list[str], x0: Tensor | None = None
+) -> Trainer:
+    """The trainer of a method on one prompt, or several, a sample each."""
+    if x0 is None:
+        x0 = torch.zeros(len(prompts), *teacher.latent_shape())
+    return trainer(method.config, method, x0, teacher.encode(prompts))  # type: ignore[attr-defined]
+
+
+def affine(denoiser: Any, level: float, prompt: str, guidance: float | None = None) -> tuple[Tensor, Tensor]:
+    """(A, b), one of each channel, of a denoiser whose x0 prediction at a level is A x + b."""
+    shape = denoiser.latent_shape()
+    x = torch.stack([torch.zeros(shape), torch.ones(shape)])
+    t = denoiser.noise.shift(torch.tensor(level, dtype=torch.float64))
+    with torch.no_grad():
+        y = denoiser.x0(x, t, denoiser.encode([prompt] * 2).with_guidance(guidance))[:, :, 0, 0].double()
+    return y[1] - y[0], y[0]
+
+
+def laws(method: Distiller, steps: int, prompt: str) -> list[tuple[Tensor, Tensor]]:
+    """Exact mean and std, one of each channel, of the student's output at every step of its own plan.
+
+    Nothing is sampled: affine steps and Gaussian noise keep the law Gaussian.
+    """
+    denoiser = method.roles()["student"].denoiser
+    plan = method.plan(steps)
+    mean, var, found = torch.zeros(()).double(), torch.tensor(plan.initial_scale**2).double(), []
+    for step in plan.steps:
+        gain, offset = affine(denoiser, step.level, prompt)
+        mean, var = gain * mean + offset, gain**2 * var
+        found.append((mean, var.sqrt()))
+        to = denoiser.noise.shift(torch.tensor(step.to, dtype=torch.float64))
+        alpha, sigma = denoiser.noise.alpha(to), denoiser.noise.sigma(to)
+        mean, var = alpha * mean, alpha**2 * var + sigma**2
+    return found

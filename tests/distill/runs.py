@@ -1,0 +1,136 @@
+"""Small runs: a Gaussian teacher under the real trainer, images on disk, and a method whose every number is scripted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from fewstep.distill.batches import Batches
+from fewstep.distill.config import TrainConfig, validate
+from fewstep.distill.data import Prompts
+from fewstep.distill.distiller import Distiller, Losses, Role
+from fewstep.distill.record import Record
+from fewstep.distill.trainer import Trainer
+from fewstep.samplers.condition import Condition
+from fewstep.samplers.plan import SamplingPlan, uniform_plan
+
+
+def config(folder: Path, **changes: Any) -> TrainConfig:
+    """A checked config of a short run under `folder`."""
+    base = {
+        **{"method": "pretrain", "teacher": "in memory", "train_data": "in memory", "output_dir": str(folder)},
+        **{"max_train_steps": 6, "train_batch_size": 4, "learning_rate": 0.01, "rank": 4, "name": "run"},
+        **{"logging_steps": 1, "checkpointing_steps": 2, "cache_dir": str(folder / "cache")},
+    }
+    return validate(base | changes)
+
+
+def trainer(config: TrainConfig, method: Distiller, x0: Tensor, condition: Condition, resume: bool = False) -> Trainer:
+    """A trainer of a method on given latents, one condition each, as `train` would make it."""
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=True)
+    record = Record(config, accelerator)
+    record.open(resume)
+    batches = Batches(
+        Prompts([str(i) for i in range(len(x0))]),
+        tuple(x0.shape[1:]),
+        condition,
+        x0,
+        config.seed,
+        config.train_batch_size,
+        config.gradient_accumulation_steps,
+    )
+    made = Trainer(config, accelerator, method, batches, record)
+    if resume:
+        made.resume()
+    return made
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl without the seconds."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def write_images(folder: Path, n: int = 6, side: int = 16) -> Path:
+    """n pictures of noise with captions."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"thing {i}\n")
+    return folder
+
+
+@dataclass
+class Scripted(Distiller):
+    """Two weights a role; the loss of a role is `losses[role](weights, micro-batch's draws, iteration)`.
+
+    `log` notes what the trainer asks for, in order.
+    """
+
+    losses: dict[str, Callable[[Tensor, Tensor, int], Tensor]]
+    every: dict[str, int] = field(default_factory=dict)
+    log: list[tuple] = field(default_factory=list)
+    memory: float = 0.0
+
+    def __post_init__(self) -> None:
+        start = torch.tensor([1.0, 2.0])
+        self.weights = {name: nn.Parameter(start.clone()) for name in self.losses}
+        self._roles = {n: Role(SimpleNamespace(), {"w": w}) for n, w in self.weights.items()}  # type: ignore[arg-type]
+
+    def roles(self) -> dict[str, Role]:
+        return self._roles
+
+    def updates(self, iteration: int) -> list[str]:
+        return [name for name in self.losses if iteration % self.every.get(name, 1) == 0]
+
+    def draw(self, batch: Any, rng: Any, iteration: int, roles: list[str]) -> Tensor:
+        self.log.append(("draw", iteration, tuple(rng.indices), tuple(roles)))
+        return rng.normal("x", (2,))
+
+    def loss(self, role: str, batch: Any, draws: Tensor, iteration: int) -> Iterator[Losses]:
+        self.log.append(("loss", iteration, role))
+        total = self.losses[role](self.weights[role], draws, iteration)
+        yield Losses(total, {"loss": total.detach()})
+
+    def after_step(self, role: str, iteration: int, scalars: dict[str, float]) -> None:
+        self.log.append(("after_step", iteration, role, scalars))
+        self.memory += scalars["loss"]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"memory": self.memory}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.memory = state["memory"]
+
+    def plan(self, steps: int) -> SamplingPlan:
+        return uniform_plan(steps)
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        return (1,)
+
+    def forwards(self) -> dict[str, dict[str, float]]:
+        return {}
+
+
+def square(weights: Tensor, draws: Tensor, iteration: int) -> Tensor:
+    """Mean |w - x|^2."""
+    return (weights - draws).square().mean()
+
+
+def scripted(folder: Path, distiller: Scripted, resume: bool = False, **changes: Any) -> Trainer:
+    """A trainer of a scripted method; its batches hold nothing."""
+    x0 = torch.zeros(3, 1)
+    return trainer(config(folder, **changes), distiller, x0, Condition({}, 3), resume)

@@ -1,0 +1,116 @@
+"""What a config refuses, and how it says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fewstep.distill.config import CONFIGS, METHODS, ConfigError, LCMConfig, TrainConfig, find, load_config
+from fewstep.distill.methods import DISTILLERS
+
+SHIPPED = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
+GOOD = {"method": "lcm", "teacher": "folder", "train_data": "images"}
+
+
+def mistakes(values: object, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(values, overrides)  # type: ignore[arg-type]
+    return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"lerning_rate": 1e-4}, "config: lerning_rate: unknown key; did you mean learning_rate?"),
+        ({"xyzzy": 1}, "config: xyzzy: unknown key"),
+        ({"method": "dmd"}, "config: method: 'dmd' is unknown; did you mean dmd2? known: dmd2, lcm, pretrain"),
+        ({"method": None}, "config: method: missing; known: dmd2, lcm, pretrain"),
+        ({"method": ["lcm"]}, "config: method: ['lcm'] is unknown; did you mean lcm? known: dmd2, lcm, pretrain"),
+        ({"student": "half"}, "config: student: Input should be 'lora' or 'full'; got 'half'"),
+        ({"rank": 0}, "config: rank: Input should be greater than or equal to 1; got 0"),
+        ({"learning_rate": float("nan")}, "config: learning_rate: Input should be a finite number; got nan"),
+        ({"name": "a/b"}, "config: name: must be one folder name; got 'a/b'"),
+        ({"steps": [4, 0]}, "config: steps.1: Input should be greater than 0; got 0"),
+        ({"guidance_scale_max": 7.5}, "config: guidance_scale_max: must exceed guidance_scale 7.5; got 7.5"),
+        # the default of one key may contradict what another is set to
+        ({"num_ode_steps": 4}, "config: steps: must be at most num_ode_steps 4; got [1, 2, 4, 8]"),
+        ({"method": "dmd2", "min_level": 0.99}, "config: max_level: must exceed min_level 0.99; got 0.98"),
+        (
+            {"max_train_steps": "many"},
+            "config: max_train_steps: Input should be a valid integer, unable to parse string as an integer; got 'many'",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(changes: dict, line: str):
+    assert mistakes(GOOD | changes) == [line]
+
+
+def test_a_missing_key_says_what_it_is():
+    assert mistakes({"method": "lcm"}) == ["config: teacher: missing; pipeline folder, embedded:NAME or hub id"]
+
+
+def test_all_mistakes_at_once(tmp_path: Path):
+    """Unknown, missing, of a wrong type and contradictory, in one answer; each line names file and key."""
+    path = tmp_path / "bad.yaml"
+    path.write_text("method: lcm\nrank: big\nstudnet: lora\nguidance_scale_max: 2\nsteps: [60]\n")
+    lines = mistakes(path)
+    assert {line.removeprefix(f"{path}: ").split(":")[0] for line in lines} == {
+        *("teacher", "rank", "studnet", "guidance_scale_max", "steps")
+    }
+    assert all(line.startswith(f"{path}: ") for line in lines)
+
+
+def test_overrides_are_yaml_values(tmp_path: Path):
+    path = tmp_path / "lcm.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    config = load_config(
+        path, ["learning_rate=1e-4", "steps=[1, 2]", "lora_alpha=null", "prompts=a=b.txt", "max_train_steps=7"]
+    )
+    assert isinstance(config, LCMConfig)
+    assert (config.learning_rate, config.steps, config.max_train_steps) == (1e-4, [1, 2], 7)
+    assert (config.lora_alpha, config.prompts) == (None, "a=b.txt")
+    assert config.name == "lcm"  # of the file
+    assert mistakes(path, "steps") == ["steps: an override is key=value"]
+    assert mistakes(path, "=3") == ["=3: an override is key=value"]
+    assert mistakes(path, "steps=[1") == ["steps=[1: the value is not YAML"]
+
+
+def test_a_file_that_is_no_config(tmp_path: Path):
+    listed, broken, binary = (tmp_path / n for n in ("list.yaml", "broken.yaml", "binary.yaml"))
+    listed.write_text("- a\n- b\n")
+    broken.write_text("a: [1\nb: 2\n")
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert mistakes(listed) == [f"{listed}: must be a mapping of keys to values"]
+    assert mistakes(broken)[0].startswith(f"{broken}: not YAML: ")
+    assert mistakes(binary)[0].startswith(f"{binary}: not YAML: ")
+    [line] = mistakes("quickstrat")
+    assert line.endswith("no shipped config of that name; did you mean quickstart?")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_are_valid(name: str):
+    """By name from anywhere, and again as the resolved config that a run writes."""
+    config = load_config(name)
+    assert find(name) == CONFIGS / f"{name}.yaml"
+    assert config.name == Path(name).name
+    assert load_config(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_every_method_has_a_config_and_a_distiller():
+    assert METHODS.keys() == DISTILLERS.keys()
+    for name, model in METHODS.items():
+        assert issubclass(model, TrainConfig)
+        assert model.model_fields["method"].annotation.__args__ == (name,)  # type: ignore[union-attr]
+
+
+def test_checking_a_config_imports_no_torch(fresh_python):
+    """A refused config is answered at once."""
+    code = """
+        import sys
+        from fewstep.distill.config import load_config
+        load_config("quickstart", ["rank=4"])
+        print(sorted(sys.modules.keys() & {"torch", "numpy", "diffusers", "transformers", "accelerate", "peft"}))
+    """
+    assert fresh_python(code) == "[]"

@@ -1,0 +1,41 @@
+"""One denoiser of each family for the tests of what all have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.load import denoiser_of
+from fewstep.samplers.plan import generators
+from fewstep.samplers.rules import randn
+from tests.pipelines import PROMPTS, tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
+
+SIZE = {"height": 64, "width": 64, "frames": 5}
+"""Of a tiny clip."""
+
+
+@cache
+def family(name: str) -> Denoiser:
+    """One denoiser of each family; Wan with two transformers."""
+    build: dict[str, Callable[[], Any]] = {
+        "stable_diffusion": lambda: tiny_stable_diffusion(prediction_type="v_prediction"),
+        "stable_diffusion_3": tiny_stable_diffusion_3,
+        "wan": lambda: tiny_wan(two_transformers=True),
+        "unet2d": tiny_ddpm,
+    }
+    return denoiser_of(build[name]())
+
+
+FAMILIES = ("stable_diffusion", "stable_diffusion_3", "wan", "unet2d")
+PROMPTED = FAMILIES[:3]
+
+
+def inputs(name: str, rows: int = 2) -> tuple[Denoiser, Tensor, Any]:
+    denoiser = family(name)
+    shape = denoiser.latent_shape(**SIZE) if name == "wan" else denoiser.latent_shape()
+    x = randn((rows, *shape), generators(range(rows)))
+    return denoiser, x, denoiser.encode([PROMPTS[i % 2] for i in range(rows)], "blurry")
