@@ -2,7 +2,7 @@
 
     python benchmarks/quickstart.py runs/quickstart
 
-For every set of prompts and number of steps a sweep over solvers, spacings and guidance scales finds the teacher's best
+For each set of prompts and number of steps a sweep over solvers, spacings and guidance scales finds the teacher's best
 row at a small N (by `fd_emoji`); all rows are then drawn at the full N, from the same prompts and seeds. Writes
 benchmarks/quickstart.md and .json. Every drawn row and every point of the sweep is kept in --cache, so that a run that
 was interrupted goes on where it was.
@@ -19,11 +19,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from fewstep.distill.console import answer, quiet
-
-quiet()
-
-from fewstep.distill.evaluation import (  # noqa: E402
+from fewstep.distill.evaluation import (
     REFERENCE_SEED,
     Drawn,
     Sampler,
@@ -32,17 +33,15 @@ from fewstep.distill.evaluation import (  # noqa: E402
     student_folder,
     student_sampler,
 )
-from fewstep.distill.prompt_sets import EMBEDDED, PromptSet, prompt_set  # noqa: E402
-from fewstep.distill.report import Comparison, markdown, write_json  # noqa: E402
-from fewstep.metrics.emoji.judge import features  # noqa: E402
-from fewstep.metrics.emoji.metrics import REAL_SEED as CORRECTION_SEED  # noqa: E402
-from fewstep.metrics.emoji.metrics import renderings  # noqa: E402
-from fewstep.metrics.frechet import frechet_distance, stderr  # noqa: E402
-from fewstep.samplers.baseline import SPACINGS  # noqa: E402
-from fewstep.samplers.errors import UserError  # noqa: E402
-from fewstep.samplers.load import load_student  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
-from torch import Tensor, tensor  # noqa: E402
+from fewstep.distill.prompt_sets import EMBEDDED, PromptSet, prompt_set
+from fewstep.distill.report import Comparison, markdown, write_json
+from fewstep.metrics.emoji.judge import features
+from fewstep.metrics.emoji.metrics import REAL_SEED as CORRECTION_SEED
+from fewstep.metrics.emoji.metrics import renderings
+from fewstep.metrics.frechet import frechet_distance, stderr
+from fewstep.samplers.baseline import SPACINGS
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import load_student
 
 SOLVERS = ("dpmsolver++", "unipc", "ddim")
 GOALS = {  # student's steps: (of the teacher's as many steps, of the teacher's most), ratios of corrected fd_emoji
@@ -50,6 +49,9 @@ GOALS = {  # student's steps: (of the teacher's as many steps, of the teacher's 
     2: (0.5, 1.25),
     1: (0.5, 2.0),
 }
+TUNED_ON = {"embedded:emoji/held-out": "embedded:emoji/full"}
+"""Sets of prompts that the sweep must not see, and what it uses instead."""
+
 WITHIN = ("clip_emoji", "category_accuracy", "background_accuracy", "coverage")
 """Figures of the student's four steps that are to be within 5% of the teacher's most."""
 
@@ -89,7 +91,7 @@ class Cache:
         path = self._path(key, "safetensors")
         if not path.is_file():
             row = make()
-            cost = tensor([row.seconds_per_image, row.nfe])
+            cost = torch.tensor([row.seconds_per_image, row.nfe])
             save_file({"images": row.images, "cost": cost}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
         stored = load_file(path)
@@ -97,19 +99,21 @@ class Cache:
 
 
 def sweep(
-    teacher: Teacher, mark: str, prompts: PromptSet, reference: Tensor, steps: int, guidance: list[float], cache: Cache
+    teacher: Teacher, mark: str, name: str, steps: int, options: argparse.Namespace, cache: Cache
 ) -> tuple[Choice, list[dict[str, Any]]]:
     """The choice with the lowest `fd_emoji` of a small set, and all that were tried, best first."""
-    tried = []
-    for choice in map(Choice._make, itertools.product(SOLVERS, SPACINGS, guidance)):
+    tried, name = [], TUNED_ON.get(name, name)
+    prompts, all_prompts = (prompt_set(name, n, options.seed) for n in (options.sweep_num, options.num))
+    reference = features(renderings(all_prompts.prompts, REFERENCE_SEED))
+    for choice in map(Choice._make, itertools.product(SOLVERS, SPACINGS, options.guidance)):
 
         def distance(choice: Choice = choice) -> float:
             sampler = teacher.sampler(steps, choice.guidance, choice.scheduler, choice.spacing)
             return frechet_distance(reference, features(draw(sampler, prompts, 50).images))
 
-        value = cache.number([mark, prompts.name, len(prompts), steps, *choice], distance)
+        value = cache.number([mark, name, len(prompts), len(all_prompts), steps, *choice], distance)
         tried.append({**choice._asdict(), "fd_emoji": value})
-        say(f"sweep {prompts.name}, {steps} steps, {' '.join(map(str, choice))}: {value:.3f}")
+        say(f"sweep {name}, {steps} steps, {' '.join(map(str, choice))}: {value:.3f}")
     tried.sort(key=lambda entry: entry["fd_emoji"])
     best = tried[0]
     return Choice(best["scheduler"], best["spacing"], best["guidance"]), tried
@@ -124,7 +128,7 @@ def ratio(student: Tensor, teacher: Tensor, real: Tensor, reference: Tensor) -> 
         return above[0] / above[1]
 
     sizes = [len(f) for f in (student, teacher, real, reference)]
-    return value(*(tensor(range(n)) for n in sizes)), stderr(value, *sizes)
+    return value(*(torch.arange(n) for n in sizes)), stderr(value, *sizes)
 
 
 def weights_mark(folder: Path) -> str:
@@ -136,7 +140,7 @@ def weights_mark(folder: Path) -> str:
 
 
 def rows(
-    run: Path, prompts: PromptSet, small: PromptSet, options: argparse.Namespace, cache: Cache, swept: dict[str, Any]
+    run: Path, prompts: PromptSet, options: argparse.Namespace, cache: Cache, swept: dict[str, Any]
 ) -> Iterator[tuple[Sampler, Drawn]]:
     """Every row of a set of prompts: the teacher's best of each number of steps, then the student's."""
     folder = student_folder(run)
@@ -144,9 +148,8 @@ def rows(
         raise UserError(f"{run}: neither a run nor a student's folder")
     student, manifest = load_student(run)
     teacher = Teacher(options.teacher or manifest.base, manifest.revision)
-    reference = features(renderings(prompts.prompts, REFERENCE_SEED))
     for steps in options.steps:
-        choice, tried = sweep(teacher, manifest.fingerprint, small, reference, steps, options.guidance, cache)
+        choice, tried = sweep(teacher, manifest.fingerprint, prompts.name, steps, options, cache)
         swept[f"{prompts.name}, {steps} steps"] = tried
         sampler = teacher.sampler(steps, choice.guidance, choice.scheduler, choice.spacing)
         key = [manifest.fingerprint, prompts.name, len(prompts), steps, *choice]
@@ -173,24 +176,21 @@ def goals(
     if ("student", 4) in by and ("teacher", most) in by:
         for name in WITHIN:
             value = by["student", 4][name]["value"] / by["teacher", most][name]["value"]
-            out.append([f"{name}, student 4 / teacher {most}: at least 0.95", f"{value:.3f}", yes(value >= 0.95)])
+            out.append(
+                [f"{name}, student 4 / teacher {most}: at least 0.95", f"{value:.3f}", "yes" if value >= 0.95 else "no"]
+            )
     return out
-
-
-def yes(met: bool) -> str:
-    """`yes` or `no`."""
-    return "yes" if met else "no"
 
 
 def benchmark(options: argparse.Namespace) -> None:
     """Draw, judge, write."""
+    quiet()
     cache = Cache(options.cache)
     sets = [prompt_set(name, options.num, options.seed) for name in options.prompts]
     comparison, swept, judged = Comparison(sets, say=say), {}, {}
     for i, prompts in enumerate(sets):
-        small = prompt_set(prompts.name, options.sweep_num, options.seed)
         seen = {}
-        for sampler, drawn in rows(options.run, prompts, small, options, cache, swept):
+        for sampler, drawn in rows(options.run, prompts, options, cache, swept):
             comparison.keep(i, sampler, drawn)
             seen[sampler.role, sampler.steps] = features(drawn.images)
         judged[prompts.name] = goals(comparison.rows[i], seen, prompts, max(options.steps))

@@ -44,8 +44,8 @@ def snippet(
     lines = [*bound, "import torch", f"from diffusers import {', '.join(diffusers)}", ""]
     if weights:
         base = code(resolve(manifest.base))  # diffusers knows no `embedded:`
-        revision = f", revision={code(manifest.revision)}" if manifest.revision else ""
-        lines.append(f"pipe = DiffusionPipeline.from_pretrained({base}{revision}, torch_dtype=torch.float32)")
+        files = _coded({k: v for k in ("revision", "variant") if (v := getattr(manifest, k))})
+        lines.append("pipe = " + _call("DiffusionPipeline.from_pretrained", base, **files, torch_dtype="torch.float32"))
         lines += [_call("pipe.load_lora_weights", '"."', **_coded(w)) for w in weights.values()]
         lines.append(f'pipe.scheduler = {type(scheduler).__name__}.from_pretrained(".", subfolder="scheduler")')
     else:
@@ -126,7 +126,8 @@ def card(
             "The weights here have the LoRA added in. By itself it is in `peft/`, as `peft.PeftModel` reads it.",
         ]
     if config:
-        lines += ["", "## How it was made", "", "```yaml", config.rstrip(), "```"]
+        set_values = [line for line in config.splitlines() if not line.endswith(": null")]
+        lines += ["", "## How it was made", "", "```yaml", *set_values, "```"]
     lines += [
         *("", "## Licence", ""),
         f"These weights derive from `{named}`: its licence holds for them, and for what they make.",
@@ -147,7 +148,7 @@ def _call(function: str, *positional: str, **keywords: str) -> str:
     """A call, an argument a line where one line would be long."""
     arguments = [*positional, *(f"{k}={v}" for k, v in keywords.items())]
     line = f"{function}({', '.join(arguments)})"
-    if len(line) <= 100:
+    if len(line) <= 110:
         return line
     return f"{function}(\n" + "".join(f"    {a},\n" for a in arguments) + ")"
 

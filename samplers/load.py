@@ -155,7 +155,7 @@ def load_student(
     Args:
         source: a run, or a student's folder.
         base: where the base of a LoRA is, if not where the manifest says: a folder, `embedded:NAME` or a hub id.
-        variant: of the base's files.
+        variant: of the base's files; default: the manifest's.
         components: further arguments of the pipeline's `from_pretrained`.
 
     Raises:
@@ -175,6 +175,7 @@ def _on_base(
     folder: Path, manifest: Manifest, base: str | Path | None, variant: str | None, **components: Any
 ) -> Denoiser:
     where = manifest.base if base is None else base
+    variant = manifest.variant if base is None and variant is None else variant
     try:
         teacher = load(where, manifest.revision if base is None else None, variant, **components)
     except UserError as error:

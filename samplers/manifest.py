@@ -28,7 +28,8 @@ class Manifest(BaseModel, extra="forbid"):
 
     format: Literal[1] = 1
     base: str = Field(description="the teacher it was made from: folder, embedded:NAME or hub id")
-    revision: str | None = None
+    revision: str | None = Field(None, description="of the base, with `variant`")
+    variant: str | None = None
     pipeline: str = Field(description="class of the diffusers pipeline")
     fingerprint: str = Field(description="of the teacher's weights")
     method: str

@@ -7,6 +7,7 @@ if it was interrupted.
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from pathlib import Path
@@ -60,7 +61,6 @@ def main(package: str, out: str, iterations: int = 6000) -> None:
     """Train, report every 200 iterations, write OUT/vae."""
     from diffusers import AutoencoderKL
 
-
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     drawings = list(noto(Path(package)).values())
@@ -87,7 +87,7 @@ def main(package: str, out: str, iterations: int = 6000) -> None:
             holder.load_state_dict(saved[name])
     unseen = to_tensor([render(c) for c in compositions(256, seed=99)])
     for i in range(start, iterations):
-        rate = RATE * min(1, (i + 1) / WARM_UP) * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * i / iterations)))
+        rate = RATE * min(1, (i + 1) / WARM_UP) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * i / iterations)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(i)

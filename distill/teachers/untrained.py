@@ -46,7 +46,6 @@ def main(vae: str, out: str, prediction_type: str = "v_prediction", seed: int = 
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
         words = tokenizer(Path(folder))

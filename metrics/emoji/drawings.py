@@ -145,9 +145,7 @@ def render(c: Composition) -> np.ndarray:
 
 def jittered(drawing: int, color: int, rng: random.Random) -> Composition:
     """The pair at a random size and place."""
-    return Composition(
-        drawing, color, rng.choice(SIZES), rng.randint(-SHIFT, SHIFT), rng.randint(-SHIFT, SHIFT)
-    )
+    return Composition(drawing, color, rng.choice(SIZES), rng.randint(-SHIFT, SHIFT), rng.randint(-SHIFT, SHIFT))
 
 
 def compositions(n: int, seed: int, pairs: list[tuple[int, int]] | None = None) -> list[Composition]:

@@ -1,0 +1,186 @@
+"""Sampling, evaluating and exporting a trained student."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fewstep.samplers.load import load, load_student
+from tests.app.conftest import Answer
+
+Command = Callable[..., Answer]
+PROMPTS = ("a fruit on a blue background", "a bird on a red background")
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_sample_is_the_students_plan(fewstep: Command, trained: Path, tmp_path: Path):
+    """A row for each prompt, image j from seed + j, whatever the batch."""
+    from fewstep.samplers.plan import sample
+
+    (tmp_path / "prompts.txt").write_text(PROMPTS[1])
+    out = tmp_path / "new" / "a.png"
+    answer = fewstep(
+        *("sample", trained, "-p", PROMPTS[0], "--prompts", tmp_path / "prompts.txt"),
+        *("--steps", 2, "-n", 3, "--seed", 7, "--out", out),
+    )
+    assert (answer.code, answer.out) == (0, f"{out}: 6 images in 2 steps\n")
+    student, manifest = load_student(trained)
+    condition = student.encode([p for p in PROMPTS for _ in range(3)])
+    shape = student.latent_shape(64, 64)
+    images = student.decode(sample(student, condition, manifest.plan(2), [7, 8, 9] * 2, shape))
+    want = (images * 255).round().view(2, 3, 3, 64, 64).permute(0, 3, 1, 4, 2).reshape(128, 192, 3)
+    assert np.abs(pixels(out) - want.numpy()).max() <= 1
+
+
+def test_sample_of_a_teacher_is_its_stock_pipeline(fewstep: Command, teacher: Path, tmp_path: Path):
+    from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
+
+    out = tmp_path / "a.png"
+    command = ("sample", teacher, "-p", PROMPTS[0], "--steps", 3, "-n", 2, "--out", out)
+    assert fewstep(*command, "--scheduler", "unipc", "--guidance-scale", 2).code == 0
+    pipe = StableDiffusionPipeline.from_pretrained(teacher, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    generators = [torch.Generator().manual_seed(s) for s in (0, 1)]
+    images = pipe([PROMPTS[0]] * 2, num_inference_steps=3, guidance_scale=2, generator=generators, output_type="np")[0]
+    assert np.abs(pixels(out) - np.rint(np.concatenate(list(images), 1) * 255)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-p", "x", "--scheduler", "ddim"], "is a student, which samples by its own plan; leave it out"),
+        (["-p", "x", "--guidance-scale", "3"], "takes no guidance scale"),
+        (["-p", "x", "--out", "a.txt"], "--out a.txt: must end in .png"),
+        ([], "no prompt: say -p PROMPT"),
+    ],
+)
+def test_sample_refuses_in_one_line(fewstep: Command, trained: Path, arguments: list[str], said: str):
+    answer = fewstep("sample", trained, *arguments)
+    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+    assert said in answer.err
+
+
+def test_sample_refuses_an_unknown_scheduler(fewstep: Command, teacher: Path):
+    answer = fewstep("sample", teacher, "-p", "x", "--scheduler", "dpm")
+    assert (answer.code, answer.err) == (
+        2,
+        "scheduler 'dpm' is unknown; allowed: own, ddim, dpmsolver++, euler, unipc\n",
+    )
+
+
+def test_evaluate_compares_with_the_many_step_picture_of_the_same_noise(
+    fewstep: Command, trained: Path, teacher: Path, tmp_path: Path
+):
+    """The teacher in as many steps as the target is the target: no image differs by more than a grey level or two."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "new" / "report.json"
+    prompts.write_text("\n".join(PROMPTS))
+    answer = fewstep(
+        *("evaluate", teacher, "--steps", "1,6", "--teacher-steps", 6, "--num", 6, "--prompts", prompts),
+        *("--guidance-scale", 1, "--out", out, "--batch-size", 4),
+    )
+    assert answer.code == 0
+    report = json.loads(out.read_text())
+    target, six, one = report["rows"]
+    assert target["metrics"].keys() == {"pixel_distance"}
+    assert six["metrics"]["psnr_to_teacher"]["value"] > 50 > 40 > one["metrics"]["psnr_to_teacher"]["value"]
+    assert (six["nfe"], one["nfe"], six["scheduler"], six["guidance"]) == (6, 1, "dpmsolver++ (trailing)", 1)
+    assert out.with_suffix(".md").read_text() in answer.out
+    assert out.with_suffix(".png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [("fid", "metric fid: unknown; known: fd_emoji,"), ("coverage", "metric coverage: needs the embedded prompts")],
+)
+def test_evaluate_refuses_figures_that_it_has_not(
+    fewstep: Command, trained: Path, tmp_path: Path, metrics: str, said: str
+):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat")
+    answer = fewstep("evaluate", trained, "--steps", 2, "--metrics", metrics, "--prompts", prompts)
+    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+    assert said in answer.err
+
+
+def latents(student: object) -> torch.Tensor:
+    """The network's prediction on fixed input."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 4, 8, 8, generator=generator)
+    hidden = torch.randn(1, 16, 16, generator=generator)
+    with torch.no_grad():
+        return student.pipeline.unet(x, 500, encoder_hidden_states=hidden).sample  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def moved(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student with an adapter that is far from nothing, as two iterations leave it near to."""
+    import shutil
+
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    folder = Path(shutil.copytree(trained / "student", tmp_path_factory.mktemp("moved") / "student"))
+    path = folder / "pytorch_lora_weights.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        weights = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  not a dict
+    moved = {k: v + 0.2 * torch.randn(v.shape, generator=generator) for k, v in weights.items()}
+    save_file(moved, path, metadata)
+    return folder
+
+
+def test_exports_say_what_the_student_says(fewstep: Command, moved: Path, teacher: Path, tmp_path: Path):
+    from peft import PeftModel
+
+    student, manifest = load_student(moved)
+    want, far = latents(student), latents(load(teacher))
+    assert (want - far).norm() > 0.01 * far.norm()
+    for kind in ("diffusers", "fused", "peft"):
+        answer = fewstep("export", moved, tmp_path / kind, "--format", kind)
+        assert (answer.code, answer.err) == (0, "")
+        assert str(tmp_path / kind) in answer.out
+
+    again, same = load_student(tmp_path / "diffusers")
+    assert same == manifest
+    assert torch.equal(latents(again), want)
+
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "fused")
+    assert not any("lora" in k or "base_layer" in k for k in pipe.unet.state_dict())
+    assert (
+        type(pipe.scheduler).__name__
+        == json.loads((moved / "scheduler/scheduler_config.json").read_text())["_class_name"]
+    )
+    torch.testing.assert_close(latents(load(tmp_path / "fused")), want, atol=1e-4, rtol=1e-4)
+    _, declared = load_student(tmp_path / "fused")
+    assert declared.plans == manifest.plans
+
+    other = load(teacher)
+    other.pipeline.unet = PeftModel.from_pretrained(other.pipeline.unet, tmp_path / "peft")
+    torch.testing.assert_close(latents(other), want, atol=1e-4, rtol=1e-4)
+
+
+def test_export_refuses_in_one_line(fewstep: Command, trained: Path, teacher: Path, tmp_path: Path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for arguments, said in (
+        ((trained, tmp_path / "new", "--format", "onnx"), "--format onnx: unknown; allowed: diffusers, fused, peft"),
+        ((teacher, tmp_path / "new"), "neither a run nor a student's folder"),
+        ((trained, tmp_path / "full"), "exists already; name a new folder"),
+    ):
+        answer = fewstep("export", *arguments)
+        assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+        assert said in answer.err
+    assert [p.name for p in tmp_path.iterdir()] == ["full"]

@@ -1,0 +1,90 @@
+"""N iterations straight are k, a kill, and the rest, bit for bit: whatever the method, wherever the kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distill.killed import EXTRA
+from tests.distill.runs import metrics, write_images
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
+    """A folder with the runs of every combination; two programs share them, one for each core."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_images(folder / "images", 10)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    names = sorted(EXTRA)
+    programs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distill.killed", str(folder), *names[half::2]],
+            cwd=root,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for half in range(2)
+    ]
+    for program in programs:
+        said, _ = program.communicate()
+        assert program.returncode == 0, said
+    return folder
+
+
+every_run = pytest.mark.parametrize("name", sorted(EXTRA))
+
+
+@every_run
+def test_the_runs_really_died(runs: Path, name: str):
+    """One straight through; killed inside an accumulation, during a save and in mid-iteration; one to the end."""
+    log = (runs / name / "killed/log.txt").read_text()
+    assert json.loads((runs / name / "codes.json").read_text()) == [0, -9, -9, -9, 0], log
+
+
+@every_run
+def test_what_was_resumed_from(runs: Path, name: str):
+    """The newest whole checkpoint, with a line for what was passed over: half a save, and a torn one."""
+    checkpoints = runs / name / "killed/run/checkpoints"
+    log = (runs / name / "killed/log.txt").read_text()
+    said = [
+        f"resumed from {checkpoints}/step-000002 at iteration 2",  # killed in the fourth iteration
+        f"checkpoint {checkpoints}/.step-000004.partial: the run ended while it was written",
+        f"resumed from {checkpoints}/step-000002 at iteration 2",
+        f"checkpoint {checkpoints}/step-000006: student.safetensors is damaged; passed over",
+        f"resumed from {checkpoints}/step-000004 at iteration 4",
+    ]
+    lines = [line for line in log.splitlines() if line.startswith(("resumed", "checkpoint"))]
+    assert lines == said
+
+
+@every_run
+def test_the_last_checkpoint_is_the_same_to_the_bit(runs: Path, name: str):
+    """Weights of every role, optimisers, moving averages, the method's state: the hash of each file."""
+    straight, killed = ((runs / name / which / "run/checkpoints") for which in ("straight", "killed"))
+    manifests = [json.loads((folder / "step-000008/manifest.json").read_text()) for folder in (straight, killed)]
+    assert manifests[0] == manifests[1]
+    roles = {"student", "fake_score"} if name.startswith("dmd2") else {"student"}
+    target = {"target"} if name == "lcm-full" else set()
+    files = roles | target | {f"optimizer-{role}" for role in roles} | {"average"}
+    assert manifests[0].keys() == {"meta.json"} | {f"{file}.safetensors" for file in files}
+    assert sorted(p.name for p in straight.iterdir()) == sorted(p.name for p in killed.iterdir())
+
+
+@every_run
+def test_logs_and_student_are_the_same(runs: Path, name: str):
+    straight, killed = (runs / name / which / "run" for which in ("straight", "killed"))
+    lines = metrics(straight)
+    assert metrics(killed) == lines
+    assert [line["iteration"] for line in lines] == list(range(1, 9))
+    assert len({line["student/loss"] for line in lines}) > 1
+    files = {p.relative_to(straight) for p in (straight / "student").rglob("*") if p.is_file()}
+    assert files == {p.relative_to(killed) for p in (killed / "student").rglob("*") if p.is_file()}
+    assert any(f.suffix == ".safetensors" for f in files)
+    assert all((straight / f).read_bytes() == (killed / f).read_bytes() for f in files)
