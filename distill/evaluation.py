@@ -102,7 +102,7 @@ class Teacher:
         usual = inspect.signature(self.pipeline.__call__).parameters.get("guidance_scale")
         scale = guidance if guidance is not None else 1.0 if usual is None else float(usual.default)
         name = scheduler or default_scheduler(self.own)
-        if spacing is None and has_spacing(self.own.config):
+        if spacing is None and has_spacing(self.own):
             spacing = "trailing"
         solver = scheduler_of(self.own, name, spacing)
         said = type(solver).__name__.removesuffix("Scheduler") if name == "own" else name

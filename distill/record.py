@@ -94,6 +94,11 @@ class Record:
         if self.config.report_to:
             self.accelerator.init_trackers("fewstep")
 
+    def finished(self) -> bool:
+        """Whether the last iteration's checkpoint is whole and the student is written."""
+        last = self.checkpoints / f"step-{self.config.max_train_steps:06d}"
+        return (self.folder / "student" / "fewstep.json").is_file() and checkpoint.fault(last) is None
+
     def say(self, line: str) -> None:
         """One line to the person at the terminal."""
         if self.accelerator.is_main_process:

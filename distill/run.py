@@ -21,6 +21,7 @@ from fewstep.distill.record import Record, pixels_shape
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import class_of, family, load
+from fewstep.samplers.stock import stock
 from fewstep.samplers.student import Manifest, fingerprint, save_student
 
 
@@ -67,15 +68,16 @@ def train(
     """
     if not isinstance(config, TrainConfig):
         config = load_config(config)
-    record = _fit(config, resume, teacher, data)
+    record, trained = _fit(config, resume, teacher, data)
     # from what lies in the folder, once training's networks are out of memory
-    if config.report_num is not None and record.accelerator.is_main_process:
+    due = trained or not (config.run_dir / "report.json").is_file()
+    if config.report_num is not None and due and record.accelerator.is_main_process:
         report.report_run(config.run_dir, record.say)
     return config.run_dir
 
 
-def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: DataSet | None) -> Record:
-    """Train and save the student."""
+def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: DataSet | None) -> tuple[Record, bool]:
+    """Train and save the student; False where a resumed run had nothing left to do."""
     refuse(config)
     if teacher is None:
         family(class_of(config.teacher, config.revision))
@@ -84,6 +86,9 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     )
     record = Record(config, accelerator)
     record.open(resume)
+    if resume and record.finished():
+        record.say(f"{config.run_dir}: nothing left to train")
+        return record, False
     set_seed(config.seed)  # for modules that initialise themselves; every draw of the loop has its own key
     if teacher is None:
         teacher = load(config.teacher, config.revision, config.variant)
@@ -106,6 +111,8 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     networks = networks_of(config, teacher)
     method = methods_distiller(config, networks)
     report.check(config, method.step_counts)
+    plans = {k: method.plan(k) for k in method.step_counts}
+    stock(method.roles()["student"].denoiser, plans)  # what plain diffusers cannot sample is refused before training
     if shown is not None:
         record.previews(networks.teacher().denoiser, shown)
     batches = Batches(
@@ -130,11 +137,12 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
             manifest = Manifest(
                 base=config.teacher,
                 revision=config.revision,
+                variant=config.variant,
                 pipeline=type(teacher.pipeline).__name__,
                 fingerprint=mark,
                 method=config.method,
                 kind=config.student,
-                plans={k: method.plan(k) for k in method.step_counts},
+                plans=plans,
                 height=config.height,
                 width=config.width,
                 num_frames=config.num_frames,
@@ -143,4 +151,4 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     accelerator.wait_for_everyone()
     if config.report_to:
         accelerator.end_training()
-    return record
+    return record, True

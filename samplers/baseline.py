@@ -24,20 +24,19 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 SPACINGS = ("trailing", "leading", "linspace")
 
 
-def is_flow(config: Any) -> bool:
-    """Whether a scheduler's config is that of a flow."""
-    name = config.get("_class_name", "")
-    return "FlowMatch" in name or config.get("prediction_type") == "flow_prediction"
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler runs on the levels of a flow."""
+    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
 
 
-def has_spacing(config: Any) -> bool:
+def has_spacing(scheduler: Any) -> bool:
     """Whether `timestep_spacing` means anything: levels are entries of a table of betas."""
-    return "beta_schedule" in config and not is_flow(config)
+    return "beta_schedule" in scheduler.config and not is_flow(scheduler)
 
 
 def default_scheduler(own: Any) -> str:
     """The solver that a baseline uses unless told: the best known for these levels at few steps."""
-    if not has_spacing(own.config):
+    if not has_spacing(own):
         return "own"
     return "ddim" if own.config.get("clip_sample") else "dpmsolver++"  # DPM-Solver++ cannot clip
 
@@ -60,8 +59,8 @@ def scheduler_of(own: Any, name: str = "own", spacing: str | None = None) -> Any
     if spacing is not None and spacing not in SPACINGS:
         raise UserError(f"spacing {spacing!r} is unknown; allowed: {', '.join(SPACINGS)}")
     config = dict(own.config)
-    flow = is_flow(config)
-    options: dict[str, Any] = {"timestep_spacing": spacing} if spacing is not None and has_spacing(config) else {}
+    flow = is_flow(own)
+    options: dict[str, Any] = {"timestep_spacing": spacing} if spacing is not None and has_spacing(own) else {}
     if name == "own":
         return type(own).from_config(config, **options)
     class_name, fixed = SCHEDULERS[name]

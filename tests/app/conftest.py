@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,23 +24,23 @@ class Answer(NamedTuple):
     err: str
 
 
-def run(arguments: list[str], capsys: pytest.CaptureFixture[str] | None = None) -> Answer:
+def run(*arguments: object) -> Answer:
     """`fewstep ARGUMENTS` in this process: a fresh one would import diffusers again."""
     from fewstep.app.main import main
 
-    before, sys.argv = sys.argv, ["fewstep", *arguments]
+    before, sys.argv = sys.argv, ["fewstep", *map(str, arguments)]
+    out, err = StringIO(), StringIO()
     try:
-        with pytest.raises(SystemExit) as end:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as end:
             main()
     finally:
         sys.argv = before
-    out, err = capsys.readouterr() if capsys is not None else ("", "")
-    return Answer(int(end.value.code or 0), out, err)
+    return Answer(int(end.value.code or 0), out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
-def fewstep(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    return lambda *arguments: run([str(a) for a in arguments], capsys)
+def fewstep() -> Callable[..., Answer]:
+    return run
 
 
 @pytest.fixture(autouse=True)
@@ -84,8 +86,10 @@ def config(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(config: Path) -> Path:
-    """The run's folder."""
-    assert run(["train", str(config)]).code == 0
+    """The run's folder; what the command printed stands in `printed.txt` beside it."""
+    answer = run("train", config)
+    assert answer.code == 0, answer.err
+    (config.parent / "printed.txt").write_text(answer.out)
     reset()
     return config.parent / "runs" / "tiny"
 

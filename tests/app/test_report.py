@@ -60,7 +60,9 @@ def test_figures_are_those_of_the_images(report: dict, trained: Path):
             images = cut(Image.open(file), report["n"], 64, 64)
             found = emoji_metrics(images, prompts.prompts, reference, prompts.groups)
             for name in EMOJI:
-                assert row["metrics"][name] == pytest.approx(dict(zip(("value", "stderr"), found[name], strict=True)))
+                assert row["metrics"][name] == pytest.approx(
+                    dict(zip(("value", "stderr"), found[name], strict=True)), rel=1e-4, abs=1e-6
+                )
 
 
 def test_a_copy_of_the_teacher_elsewhere_gives_the_same_report(
@@ -71,12 +73,13 @@ def test_a_copy_of_the_teacher_elsewhere_gives_the_same_report(
     shutil.copytree(teacher, elsewhere)
     shutil.copytree(trained, run)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump(config | {"teacher": str(elsewhere)}))
-    again = report_run(run)
-    for block, other in zip((report, *report["blocks"]), (again, *again["blocks"]), strict=True):
-        for row, same in zip(block["rows"], other["rows"], strict=True):
-            apart = {"source", "seconds_per_image"}
-            assert {k: v for k, v in row.items() if k not in apart} == {k: v for k, v in same.items() if k not in apart}
+    fewer = {"report_teacher_steps": [1], "report_steps": [2], "report_prompts": ["embedded:emoji"]}
+    (run / "config.yaml").write_text(yaml.safe_dump(config | fewer | {"teacher": str(elsewhere)}))
+    again = report_run(run)["rows"]
+    assert [(row["role"], row["steps"]) for row in again] == [ROWS[0], ROWS[2], ROWS[4]]
+    for row, same in zip(report["rows"][::2], again, strict=True):
+        apart = {"source", "seconds_per_image"}
+        assert {k: v for k, v in row.items() if k not in apart} == {k: v for k, v in same.items() if k not in apart}
 
 
 def test_the_picture_shows_the_first_images_of_every_row(trained: Path):
@@ -88,7 +91,7 @@ def test_the_picture_shows_the_first_images_of_every_row(trained: Path):
     sheet = cut(Image.open(trained / SHEETS / "4-student-2-steps.png"), 8, 64, 64)
     side, gap, label = 128, 6, 190
     assert picture.width == label + 8 * (side + gap) + gap
-    top = picture.height - gap - (side + gap) + 0
+    top = picture.height - gap - (side + gap)
     for i in range(8):
         left = label + i * (side + gap)
         shown = pixels[top : top + side : 2, left : left + side : 2]
