@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -121,7 +121,7 @@ def evaluate(
     """
     _quiet(debug)
     from fewstep.app.evaluate import evaluate as run
-    from fewstep.distill.report import show
+    from fewstep.distill.table import show
 
     counts = _numbers("--steps", steps)
     names = [m.strip() for m in metrics.split(",") if m.strip()] if metrics else None
@@ -199,7 +199,7 @@ def main() -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    usage = typer.BadParameter.__mro__[2]  # click's ClickException, which typer has moved about
+    usage = cast(type[Exception], typer.BadParameter.__mro__[2])  # click's ClickException, which typer has moved about
     try:
         app(arguments, prog_name="fewstep", standalone_mode=False)
     except typer.Abort:

@@ -34,7 +34,8 @@ from fewstep.distill.evaluation import (
     student_sampler,
 )
 from fewstep.distill.prompt_sets import EMBEDDED, PromptSet, prompt_set
-from fewstep.distill.report import Comparison, markdown, write_json
+from fewstep.distill.report import Comparison, write_json
+from fewstep.distill.table import markdown
 from fewstep.metrics.emoji.judge import features
 from fewstep.metrics.emoji.metrics import REAL_SEED as CORRECTION_SEED
 from fewstep.metrics.emoji.metrics import renderings
@@ -83,7 +84,9 @@ class Cache:
         """A number that is computed once."""
         path = self._path(key, "json")
         if not path.is_file():
-            path.write_text(json.dumps({"key": key, "value": make()}))
+            text = json.dumps({"key": key, "value": make()})
+            path.with_suffix(".tmp").write_text(text)
+            path.with_suffix(".tmp").rename(path)  # whole or not at all
         return json.loads(path.read_text())["value"]
 
     def drawn(self, key: list[Any], make: Callable[[], Drawn]) -> Drawn:

@@ -86,7 +86,8 @@ def train_command(
     if checked.report_num is not None:
         import json
 
-        from fewstep.distill.report import PICTURE, show
+        from fewstep.distill.report import PICTURE
+        from fewstep.distill.table import show
 
         show(json.loads((folder / "report.json").read_text()))
         print(f"picture  {folder / PICTURE}")
@@ -102,8 +103,9 @@ def dry(config: Any) -> str:
     from fewstep.samplers.load import load
 
     refuse(config)
-    method = methods_distiller(config, networks_of(config, load(config.teacher, config.revision, config.variant)))
-    report.check(config, method.step_counts)
+    teacher = load(config.teacher, config.revision, config.variant)
+    method = methods_distiller(config, networks_of(config, teacher))
+    report.check(config, method.step_counts, teacher)
     roles = [["role", "weights", "trained parameters"]]
     for name, role in method.roles().items():
         count = sum(p.numel() for p in role.parameters.values())

@@ -214,17 +214,20 @@ def _cached(config: TrainConfig, kind: str, *key: Any) -> Path:
     return root / f"{kind}-{sha256(json.dumps([CACHE_FORMAT, *key]).encode()).hexdigest()[:32]}.safetensors"
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cache tensors, and return them as they will be read: another layout in memory is rounded otherwise."""
     from safetensors.torch import save_file
 
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with checkpoint.writing(path.parent, "set cache_dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+            save_file(tensors, temporary)
             os.replace(temporary, path)  # whole or not at all
         finally:
             temporary.unlink(missing_ok=True)
+    return tensors
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
@@ -255,7 +258,7 @@ def conditions(config: TrainConfig, denoiser: Denoiser, captions: Sequence[str])
         whole = concatenate([Condition(p.tensors, p.size) for p in parts])
         stored = {f"tensors.{k}": v for k, v in whole.tensors.items()}
         stored |= {f"negative.{k}": v[:1] for k, v in parts[0].negative.items()}
-        _write(path, stored)
+        stored = _write(path, stored)
     pick = lambda head: {k.removeprefix(head): v for k, v in stored.items() if k.startswith(head)}  # noqa: E731
     return Condition(pick("tensors."), len(captions), pick("negative."))
 
@@ -271,6 +274,5 @@ def latents(config: TrainConfig, denoiser: Denoiser, data: DataSet) -> Tensor:
             for i in range(0, len(data), 64):
                 images = torch.stack([data.image(k) for k in range(i, min(i + 64, len(data)))])
                 parts.append(denoiser.to_latents(images.to(denoiser.device)).cpu())
-        stored = {"latents": torch.cat(parts)}
-        _write(path, stored)
+        stored = _write(path, {"latents": torch.cat(parts)})
     return stored["latents"]

@@ -144,10 +144,20 @@ def student_sampler(
     return Sampler(source, "student", steps, scale, plan.rule, networks, images)
 
 
-def draw(sampler: Sampler, prompts: PromptSet, batch_size: int = 16, progress: Progress | None = None) -> Drawn:
-    """All images of a row, a batch at a time, timed from prompts to pixels: the median over the full batches."""
+def draw(
+    sampler: Sampler,
+    prompts: PromptSet,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    reference: Tensor | None = None,
+) -> Drawn:
+    """All images of a row, a batch at a time, timed from prompts to pixels: the median over the full batches.
+
+    What `figures` could not compare with `reference` is refused after one image.
+    """
     parts, seconds = [], []
-    sampler.images(prompts.prompts[:1], prompts.seeds[:1])  # the first call of a process is slow
+    first = sampler.images(prompts.prompts[:1], prompts.seeds[:1])  # and the first call of a process is slow
+    _same_size(first, prompts, reference)
     with counted(sampler.networks) as rows:
         for i in range(0, len(prompts), batch_size):
             began = time.perf_counter()
@@ -205,15 +215,20 @@ def figures(
     if reference is not None:
         from fewstep.metrics.emoji.metrics import emoji_metrics
 
-        if images.shape[1:] != reference.shape[1:]:
-            got, want = ("x".join(map(str, s.shape[-2:])) for s in (images, reference))
-            raise UserError(f"prompts {prompts.name}: are judged at {want} pixels; these images are {got}")
+        _same_size(images, prompts, reference)
         found |= emoji_metrics(images, prompts.prompts, reference, prompts.groups)
     if many is not None and "psnr_to_teacher" in names:
         found["psnr_to_teacher"] = psnr(images, many)
     if "pixel_distance" in names:
         found["pixel_distance"] = mean_distance(images, prompts.groups)
     return {name: found[name] for name in names if name in found}
+
+
+def _same_size(images: Tensor, prompts: PromptSet, reference: Tensor | None) -> None:
+    if reference is not None and images.shape[1:] != reference.shape[1:]:
+        got, want = ("x".join(map(str, s.shape[-2:])) for s in (images, reference))
+        what = "clips" if images.ndim == 5 else "images"
+        raise UserError(f"prompts {prompts.name}: judged by images of {want} pixels; these are {what} of {got}")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class Networks:
     def _adapter(self, name: str) -> Role:
         from peft import LoraConfig
 
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=self.targets)
+        config = LoraConfig(r=self.rank, lora_alpha=cast(int, self.alpha), target_modules=self.targets)
         parameters: dict[str, nn.Parameter] = {}
         for network_name, network in self.base.networks.items():
             module = bare(network)
@@ -109,7 +109,7 @@ class Networks:
 
 def _add_adapter(module: nn.Module, config: Any, name: str) -> None:
     if hasattr(module, "add_adapter"):
-        module.add_adapter(config, adapter_name=name)
+        cast(Any, module).add_adapter(config, adapter_name=name)
     else:
         from peft import inject_adapter_in_model
 

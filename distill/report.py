@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +34,9 @@ from fewstep.distill.evaluation import (
     student_sampler,
 )
 from fewstep.distill.prompt_sets import EMBEDDED, PromptSet, prompt_set
+from fewstep.distill.table import label, labels, markdown
+from fewstep.samplers.baseline import scheduler_of
+from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import load_student
 
@@ -87,7 +89,7 @@ class Comparison:
         """Draw and measure a row; `many`: its images are the target of the rows that follow."""
         for i, prompts in enumerate(self.sets):
             with bar(len(prompts), f"{sampler.role}, steps {sampler.steps}, {prompts.name}") as progress:
-                drawn = draw(sampler, prompts, batch_size, progress)
+                drawn = draw(sampler, prompts, batch_size, progress, self.references[i])
             self.keep(i, sampler, drawn, many)
 
     def keep(self, i: int, sampler: Sampler, drawn: Drawn, many: bool = False) -> None:
@@ -108,7 +110,7 @@ class Comparison:
     def _keep(self, i: int, row: dict[str, Any], images: Tensor) -> None:
         began = time.monotonic()
         found = figures(images, self.sets[i], self.metrics[i], self.references[i], self.many[i])
-        row["metrics"] = {k: {"value": finite(v), "stderr": finite(e)} for k, (v, e) in found.items()}
+        row["metrics"] = {k: {"value": _finite(v), "stderr": _finite(e)} for k, (v, e) in found.items()}
         self.rows[i].append(row)
         if i == 0:
             self.shown.append(images[:COLUMNS].clone())
@@ -141,86 +143,9 @@ class Comparison:
         return picture.labelled(rows, heads)
 
 
-def finite(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     """A number as JSON has them: None for what is not finite."""
     return value if math.isfinite(value) else None
-
-
-def label(row: dict[str, Any]) -> str:
-    """`student, 4 steps`."""
-    if row["role"] == "reference":
-        return row["source"]
-    return f"{row['role']}, {row['steps']} step{'s' if row['steps'] != 1 else ''}"
-
-
-def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The labels of a table, with sources where one role has several."""
-    pairs = {(row["role"], row["source"]) for row in rows}
-    many = {role for role, _ in pairs if sum(r == role for r, _ in pairs) > 1}
-    return [f"{Path(row['source']).name}, {label(row)}" if row["role"] in many else label(row) for row in rows]
-
-
-def cell(value: float | None, error: float | None) -> str:
-    """`0.953 ± 0.012`, to two digits of the error."""
-    if value is None:
-        return "-"
-    if not error:
-        return f"{value:.3f}"
-    digits = min(4, max(0, 1 - math.floor(math.log10(error))))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
-
-
-def cells(block: dict[str, Any]) -> list[list[str]]:
-    """Header and rows of a block's table."""
-    names = list(dict.fromkeys(name for row in block["rows"] for name in row["metrics"]))
-    table = [["row", "NFE", "s/image", *names]]
-    for row, said in zip(block["rows"], labels(block["rows"]), strict=True):
-        seconds = row["seconds_per_image"]
-        figures_ = [cell(*((row["metrics"].get(n) or {}).get(k) for k in ("value", "stderr"))) for n in names]
-        nfe = f"{row['nfe']:g}" if row["role"] != "reference" else "-"
-        table.append([said, nfe, "-" if seconds is None else f"{seconds:.3f}", *figures_])
-    return table
-
-
-def heading(block: dict[str, Any]) -> str:
-    """What the rows of a table have in common."""
-    seeds = block["seeds"]
-    said = f"{block['n']} images a row, prompts {block['prompts']}, seeds {seeds[0]} to {seeds[-1]}"
-    if "reference_seeds" in block:
-        said += ", real renderings from seeds " + " and ".join(map(str, block["reference_seeds"].values()))
-    return said
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The tables of a report, aligned so that they read well as they are."""
-    parts = []
-    for block in [report, *report["blocks"]]:
-        table = cells(block)
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in table]
-        rule = "| " + " | ".join("-" * w for w in widths) + " |"
-        parts.append("\n".join([f"{heading(block)}:", "", lines[0], rule, *lines[1:]]))
-    return "\n\n".join(parts) + "\n"
-
-
-def show(report: dict[str, Any]) -> None:
-    """Print a report: a table that fits the terminal, elsewhere the text of report.md."""
-    if not sys.stdout.isatty():
-        print(markdown(report))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    for block in [report, *report["blocks"]]:
-        head, *lines = cells(block)
-        table = Table(title=heading(block), title_justify="left", box=None, padding=(0, 1), header_style="bold")
-        for name in head:
-            table.add_column(name.replace("_", " "))  # long names break between words
-        for line in lines:
-            table.add_row(*line)
-        console.print(table)
-        console.print()
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
@@ -258,15 +183,24 @@ def prompt_sets(config: TrainConfig) -> list[PromptSet]:
     return [prompt_set(source, config.report_num, config.seed) for source in prompt_sources(config)]
 
 
-def check(config: TrainConfig, step_counts: Sequence[int]) -> None:
+def check(config: TrainConfig, step_counts: Sequence[int], teacher: Denoiser) -> None:
     """Refuse, before training, a report that could not be made after it."""
     if config.report_num is None:
         return
-    prompt_sets(config)
+    size = teacher.pixels(config.height, config.width)
+    clips = len(teacher.latent_shape(config.height, config.width, config.num_frames)) == 4
+    for prompts in prompt_sets(config):
+        if prompts.embedded and (clips or size != (64, 64)):
+            what = "clips" if clips else "images"
+            raise ConfigError(
+                f"config: report_prompts: {prompts.name} is judged by images of 64x64 pixels; this teacher makes {what} "
+                f"of {size[0]}x{size[1]}"
+            )
     wrong = [k for k in config.report_steps or [] if k not in step_counts]
     if wrong:
         allowed = ", ".join(map(str, step_counts))
         raise ConfigError(f"config: report_steps: {wrong[0]} is not a step count of this student; it has {allowed}")
+    scheduler_of(teacher.pipeline.scheduler, config.report_scheduler or "own")
 
 
 def report_run(folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:

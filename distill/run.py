@@ -110,7 +110,7 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
     networks = networks_of(config, teacher)
     method = methods_distiller(config, networks)
-    report.check(config, method.step_counts)
+    report.check(config, method.step_counts, teacher)
     plans = {k: method.plan(k) for k in method.step_counts}
     stock(method.roles()["student"].denoiser, plans)  # what plain diffusers cannot sample is refused before training
     if shown is not None:

@@ -73,7 +73,7 @@ class DistributionMatching(Distiller):
         count = self.config.steps[int(torch.randint(len(self.config.steps), (1,), generator=source))]
         stop = int(torch.randint(count, (1,), generator=source))
         plan = self.plan(count)
-        x = plan.initial_scale * rng.normal("start", batch.shape)
+        x = x0 = plan.initial_scale * rng.normal("start", batch.shape)
         for i, step in enumerate(plan.steps[: stop + 1]):
             t, s = (self.noise.shift(torch.tensor(v, device=x.device)) for v in (step.level, step.to))
             with torch.set_grad_enabled(graph and i == stop):

@@ -37,18 +37,20 @@ class Denoiser(ABC):
     takes_prompts: ClassVar[bool] = True
     """Whether prompts say anything to it; where not, `encode` only counts them."""
 
-    takes_guidance: bool = False
-    """Whether the network has a guidance input."""
-
     def __init__(
         self,
         pipeline: Any,
-        networks: dict[str, Callable[..., Any]] | None = None,
+        networks: dict[str, Any] | None = None,
         latent_shape: tuple[int, ...] | None = None,
     ):
         self.pipeline = pipeline
-        self.networks = networks or {n: m for n in self.network_names if (m := getattr(pipeline, n, None)) is not None}
+        self.networks: dict[str, Any] = networks or {n: m for n in self.network_names if (m := getattr(pipeline, n, None)) is not None}
         self.noise = self.noise_process(latent_shape)
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network has a guidance input."""
+        return False
 
     @property
     def network(self) -> Any:
@@ -60,7 +62,7 @@ class Denoiser(ABC):
         """Where the network's weights are."""
         return next(self.network.parameters()).device
 
-    def with_networks(self, networks: dict[str, Callable[..., Any]]) -> Denoiser:
+    def with_networks(self, networks: dict[str, Any]) -> Denoiser:
         """The same denoiser around other modules of the same class."""
         other = copy.copy(self)
         other.networks = networks
@@ -133,9 +135,10 @@ class Denoiser(ABC):
             if scale == 0:
                 return self.x0(x_t, t, condition.unconditional(), told)
         both = concatenate([condition.unconditional(), condition])
-        t, told = (None if v is None else torch.cat([self._rows(v, x_t)] * 2) for v in (t, told))
-        assert t is not None
-        unconditional, conditional = self.x0(torch.cat([x_t, x_t]), t, both, told).chunk(2)
+        twice = torch.cat([x_t, x_t])
+        t = torch.cat([self._rows(t, x_t)] * 2)
+        told = None if told is None else torch.cat([self._rows(told, x_t)] * 2)
+        unconditional, conditional = self.x0(twice, t, both, told).chunk(2)
         g = torch.as_tensor(scale, device=x_t.device, dtype=conditional.dtype)
         g = g.reshape(-1, *[1] * (x_t.ndim - 1)) if g.ndim else g
         return unconditional + g * (conditional - unconditional)

@@ -55,6 +55,18 @@ def test_sample_of_a_teacher_is_its_stock_pipeline(fewstep: Command, teacher: Pa
     assert np.abs(pixels(out) - np.rint(np.concatenate(list(images), 1) * 255)).max() <= 1
 
 
+def test_clips_become_an_animation_or_rows_of_frames(tmp_path: Path):
+    from fewstep.app.sample import grid, save_clips
+
+    clips = torch.arange(2 * 3, dtype=torch.uint8).view(2, 3, 1, 1, 1).expand(2, 3, 3, 8, 8) * 40
+    save_clips(clips, 2, tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert (animation.n_frames, animation.size) == (3, (16, 8))
+        animation.seek(2)
+        assert [animation.convert("RGB").getpixel(p) for p in ((0, 0), (8, 0))] == [(80,) * 3, (200,) * 3]
+    assert [grid(clips, 2).getpixel((8 * i, 8)) for i in range(3)] == [(120,) * 3, (160,) * 3, (200,) * 3]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -63,6 +63,8 @@ finally:
         (["teacher=no/where/at/all"], ["no/where/at/all: no such folder"]),
         (["teacher=embedded:emojis"], ["embedded:emojis: no such embedded teacher"]),
         (["prompts=missing.txt"], ["missing.txt: cannot be read"]),
+        (["report_scheduler=dpm"], ["scheduler 'dpm' is unknown; allowed: own, ddim"]),
+        (["height=32"], ["report_prompts: embedded:emoji is judged by images of 64x64 pixels", "images of 32x64"]),
         (["report_prompts=[embedded:emojis]"], ["embedded:emojis: no such embedded prompts; shipped: embedded:emoji,"]),
     ],
 )

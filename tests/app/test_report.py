@@ -13,7 +13,8 @@ from PIL import Image
 from fewstep.distill.evaluation import EMOJI, REFERENCE_SEED
 from fewstep.distill.picture import cut
 from fewstep.distill.prompt_sets import prompt_set
-from fewstep.distill.report import PICTURE, SHEETS, cell, report_run
+from fewstep.distill.report import PICTURE, SHEETS, report_run
+from fewstep.distill.table import cell
 
 ROWS = [("reference", 0), ("teacher", 8), ("teacher", 1), ("student", 4), ("student", 2)]
 

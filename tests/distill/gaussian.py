@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.distill.distiller import Distiller
 from fewstep.distill.networks import Networks
 from fewstep.distill.run import methods_distiller
 from fewstep.distill.trainer import Trainer
+from fewstep.samplers.adapters import bare
 from fewstep.samplers.noise import EDM, Flow, NoiseProcess
 from tests.closed_form import GaussianNetwork, GaussianTeacher, vp
 from tests.distill.runs import config, trainer
@@ -112,3 +116,36 @@ def laws(method: Distiller, steps: int, prompt: str) -> list[tuple[Tensor, Tenso
         alpha, sigma = denoiser.noise.alpha(to), denoiser.noise.sigma(to)
         mean, var = alpha * mean, alpha**2 * var + sigma**2
     return found
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a network: whose weights, how many rows, with a graph or not, and the noisy sample and model time."""
+
+    role: str
+    rows: int
+    graph: bool
+    x_t: Tensor
+    time: Tensor
+
+
+@contextmanager
+def calls(method: Distiller) -> Iterator[list[Call]]:
+    """Every call of the roles' networks within the block, in order, seen by hooks on the modules themselves."""
+    owners = {id(bare(n)): name for name, role in method.roles().items() for n in role.denoiser.networks.values()}
+    modules = {id(m): m for r in method.roles().values() for n in r.denoiser.networks.values() for m in (bare(n),)}
+    seen: list[Call] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        # of LoRA roles the active adapter says which one it is
+        role = (module._fewstep_active or "teacher") if hasattr(module, "peft_config") else owners[id(module)]
+        output = output[0] if isinstance(output, tuple) else output
+        x_t, time = (*args, *kwargs.values())[:2]
+        seen.append(Call(role, len(output), output.requires_grad, x_t.detach(), time.detach()))
+
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in modules.values()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -146,7 +146,10 @@ def computed(settings: TrainConfig, denoiser: Denoiser, images: ImageFolder, cal
 
 
 def test_conditions_and_latents_are_those_of_the_encoders(tmp_path: Path, denoiser: Denoiser):
-    """Computed and then read; captions over more than one batch; the negative prompt once."""
+    """Computed and then read; captions over more than one batch; the negative prompt once.
+
+    Both times in the same layout: convolutions round channels-last latents otherwise, and no run would resume exactly.
+    """
     settings = config(tmp_path, negative_prompt="blurry")
     captions = [f"thing {i}" for i in range(70)]
     images = ImageFolder(write_images(tmp_path / "images", 3), 16, 16)
@@ -159,7 +162,11 @@ def test_conditions_and_latents_are_those_of_the_encoders(tmp_path: Path, denois
         for key, value in expected.tensors.items():
             torch.testing.assert_close(got.tensors[key], value, rtol=0, atol=1e-6)
             torch.testing.assert_close(got.negative[key], expected.negative[key], rtol=0, atol=1e-6)
-        torch.testing.assert_close(data.latents(settings, denoiser, images), z, rtol=0, atol=1e-6)
+            assert got.tensors[key].is_contiguous()
+        latents = data.latents(settings, denoiser, images)
+        torch.testing.assert_close(latents, z, rtol=0, atol=1e-6)
+        assert latents.is_contiguous()
+    assert not z.is_contiguous()
 
 
 def test_the_cache_is_of_the_content(tmp_path: Path, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch):

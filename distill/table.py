@@ -1,0 +1,86 @@
+"""A report as tables: in markdown for files and logs, fitted to the window on a terminal."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def label(row: dict[str, Any]) -> str:
+    """`student, 4 steps`."""
+    if row["role"] == "reference":
+        return row["source"]
+    return f"{row['role']}, {row['steps']} step{'s' if row['steps'] != 1 else ''}"
+
+
+def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The labels of a table, with sources where one role has several."""
+    pairs = {(row["role"], row["source"]) for row in rows}
+    many = {role for role, _ in pairs if sum(r == role for r, _ in pairs) > 1}
+    return [f"{Path(row['source']).name}, {label(row)}" if row["role"] in many else label(row) for row in rows]
+
+
+def cell(value: float | None, error: float | None) -> str:
+    """`0.953 ± 0.012`, to two digits of the error."""
+    if value is None:
+        return "-"
+    if not error:
+        return f"{value:.3f}"
+    digits = min(4, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def cells(block: dict[str, Any]) -> list[list[str]]:
+    """Header and rows of a block's table."""
+    names = list(dict.fromkeys(name for row in block["rows"] for name in row["metrics"]))
+    table = [["row", "NFE", "s/image", *names]]
+    for row, said in zip(block["rows"], labels(block["rows"]), strict=True):
+        seconds = row["seconds_per_image"]
+        figures_ = [cell(*((row["metrics"].get(n) or {}).get(k) for k in ("value", "stderr"))) for n in names]
+        nfe = f"{row['nfe']:g}" if row["role"] != "reference" else "-"
+        table.append([said, nfe, "-" if seconds is None else f"{seconds:.3f}", *figures_])
+    return table
+
+
+def heading(block: dict[str, Any]) -> str:
+    """What the rows of a table have in common."""
+    seeds = block["seeds"]
+    said = f"{block['n']} images a row, prompts {block['prompts']}, seeds {seeds[0]} to {seeds[-1]}"
+    if "reference_seeds" in block:
+        said += ", real renderings from seeds " + " and ".join(map(str, block["reference_seeds"].values()))
+    return said
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The tables of a report, aligned so that they read well as they are."""
+    parts = []
+    for block in [report, *report["blocks"]]:
+        table = cells(block)
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+        lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in table]
+        rule = "| " + " | ".join("-" * w for w in widths) + " |"
+        parts.append("\n".join([f"{heading(block)}:", "", lines[0], rule, *lines[1:]]))
+    return "\n\n".join(parts) + "\n"
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a report: a table that fits the terminal, elsewhere the text of report.md."""
+    if not sys.stdout.isatty():
+        print(markdown(report))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for block in [report, *report["blocks"]]:
+        head, *lines = cells(block)
+        table = Table(title=heading(block), title_justify="left", box=None, padding=(0, 1), header_style="bold")
+        for name in head:
+            table.add_column(name.replace("_", " "))  # long names break between words
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)
+        console.print()

@@ -1,0 +1,373 @@
+"""Consistency distillation: residuals and fixed points on Gaussian teachers, through Distiller, Trainer and Denoiser."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.distill.distiller import Batch
+from fewstep.distill.methods.consistency import Consistency, Draws
+from fewstep.distill.networks import Networks
+from fewstep.distill.random import Rngs
+from fewstep.samplers import rules
+from fewstep.samplers.condition import Condition
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import denoiser_of
+from fewstep.samplers.plan import generators, sample
+from fewstep.samplers.rules import randn
+from tests.closed_form import vp
+from tests.distill.gaussian import PROCESSES, Teacher, affine, calls, method, under_training
+from tests.distill.runs import config
+from tests.pipelines import PROMPTS, tiny_stable_diffusion
+
+MEAN, STD = [0.7, -0.4], [0.5, 1.3]
+SHIFT, SCALE = "0.4", 2.0
+GUIDED = 0.8  # shift of the guided mean: 0 + 2 (0.4 - 0)
+
+
+def lcm(folder: Path, teacher: Teacher, **changes: Any) -> Consistency:
+    made = method(folder, teacher, **({"method": "lcm", "guidance_scale": SCALE, "steps": [1]} | changes))
+    assert isinstance(made, Consistency)
+    return made
+
+
+def jumping(made: Consistency, shift: float) -> None:
+    """Make student and target the exact ODE map of the teacher whose mean is moved by `shift`, whatever the prompt."""
+    for role in (made.student, made.target):
+        network = role.denoiser.network
+        network.jump = True
+        with torch.no_grad():
+            network.mean += shift
+            network.gain.zero_()
+
+
+def batch_of(teacher: Denoiser, prompts: list[str]) -> Batch:
+    shape = teacher.latent_shape()
+    x0 = 0.7 + randn((len(prompts), *shape), generators(range(len(prompts))))
+    return Batch(prompts, shape, teacher.encode(prompts), x0)
+
+
+def loss(made: Consistency, batch: Batch, draws: Draws) -> Tensor:
+    (losses,) = made.loss("student", batch, draws, 0)
+    return losses.total
+
+
+# the residual of the exact map
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_residual_of_the_exact_map_falls_with_the_square_of_the_gap(name: str, tmp_path: Path):
+    """One solver step errs by O(gap^2), and the exact map takes both ends to one place: half the gap, a quarter of it.
+
+    Guidance is folded in: the exact map is that of the teacher of the guided mean. With the map of the unguided one
+    the residual is that of two means, O(gap).
+    """
+    teacher = Teacher(PROCESSES[name], MEAN, STD)
+    batch = batch_of(teacher, [SHIFT] * 3)
+    u = torch.tensor([0.5, 0.7, 0.9]).double()
+    eps = randn(batch.x0.shape, generators([7, 8, 9]))  # type: ignore[union-attr]
+    found = {}
+    for shift in (GUIDED, 0.4):
+        made = lcm(tmp_path, teacher, huber_c=1e-9)  # the mean of |p - q|
+        jumping(made, shift)
+        for n in (40, 80):
+            t, s = (made.noise.shift(v).float() for v in (u, u - 1 / n))
+            found[shift, n] = loss(made, batch, Draws(t, s, eps, SCALE)).item()
+    assert found[GUIDED, 40] / found[GUIDED, 80] == pytest.approx(4, rel=0.05)
+    assert found[0.4, 40] / found[0.4, 80] == pytest.approx(2, rel=0.1)
+    assert found[0.4, 40] > 10 * found[GUIDED, 40]
+
+
+@pytest.mark.parametrize("name", ["vp", "flow_shifted"])
+def test_with_embedded_guidance_student_and_target_are_told_each_rows_scale(name: str, tmp_path: Path):
+    """A scale for each row: the exact map of shift w 0.4 has a residual of O(gap^2) only if told the same w twice."""
+    teacher = Teacher(PROCESSES[name], MEAN, STD)
+    made = lcm(tmp_path, teacher, guidance_scale=1.5, guidance_scale_max=6.0, huber_c=1e-9, num_ode_steps=40)
+    assert not teacher.takes_guidance
+    jumping(made, 0.0)
+    for role in (made.student, made.target):
+        with torch.no_grad():
+            role.denoiser.network.gain.fill_(1)
+            role.denoiser.network.guided.fill_(1)
+    batch = batch_of(teacher, [SHIFT] * 6)
+    draws = made.draw(batch, Rngs(0, 0, range(6)), 0, ["student"])
+    assert isinstance(draws.scale, Tensor)
+    assert ((draws.scale >= 1.5) & (draws.scale <= 6)).all()
+    assert draws.scale.unique().numel() == 6
+    u = torch.linspace(0.5, 0.9, 6).double()
+    found = {}
+    for n in (40, 80):
+        draws.t, draws.s = (made.noise.shift(v).float() for v in (u, u - 1 / n))
+        found[n] = loss(made, batch, draws).item()
+    assert found[40] / found[80] == pytest.approx(4, rel=0.05)
+    # a target that is told another scale is a mistake as large as the difference of the means
+    with torch.no_grad():
+        made.target.denoiser.network.guided.zero_()
+    assert loss(made, batch, draws).item() > 100 * found[80]
+
+
+# the boundary
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_at_the_lowest_level_the_target_is_the_teacher_alone(name: str, tmp_path: Path):
+    """j = 1: f(x, 0) = x, so q is the guided teacher's x0 whatever the target network says; the gradient is of p alone."""
+    teacher = Teacher(PROCESSES[name], MEAN, STD)
+    made = lcm(tmp_path, teacher, huber_c=0.5, target_ema_decay=0.0)
+    assert made.target is made.student
+    batch = batch_of(teacher, [SHIFT] * 4)
+    assert batch.x0 is not None
+    t = made.noise.shift(torch.full((4,), 1 / 50, dtype=torch.float64)).float()
+    eps = randn(batch.x0.shape, generators(range(4)))
+    made.student.denoiser.network.requires_grad_(True)
+    with torch.no_grad():
+        for table in ("scale", "offset"):
+            getattr(made.student.denoiser.network, table).add_(0.3)
+    with calls(made) as seen:
+        total = loss(made, batch, Draws(t, torch.zeros(4), eps, SCALE))
+    assert [c.graph for c in seen] == [False, False, True]
+    x_t = made.noise.add(batch.x0, eps, t)
+    with torch.no_grad():
+        q = teacher.exact_x0(x_t, t, GUIDED)
+    p = made.student.denoiser.x0(x_t, t, batch.condition)  # type: ignore[arg-type]
+    expected = (((p - q) ** 2 + 0.25).sqrt() - 0.5).mean()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-7)
+    table = made.student.denoiser.network.offset
+    (found,), (wanted,) = (torch.autograd.grad(value, table) for value in (total, expected))
+    assert torch.allclose(found, wanted, rtol=1e-3, atol=1e-7)
+
+
+def test_draws_are_neighbours_of_the_grid(tmp_path: Path):
+    """Every j of 1..N, s one below t, before a flow's shift; the lowest s is exactly 0 and the highest t exactly 1."""
+    teacher = Teacher(PROCESSES["flow_shifted"], [0.0], [1.0], side=1)
+    made = lcm(tmp_path, teacher, num_ode_steps=5)
+    batch = batch_of(teacher, [""] * 100)
+    draws = made.draw(batch, Rngs(0, 0, range(100)), 0, ["student"])
+    unshifted = [made.noise.unshift(v.double()) * 5 for v in (draws.t, draws.s)]  # type: ignore[attr-defined]
+    assert unshifted[0].round().unique().tolist() == [1, 2, 3, 4, 5]
+    assert torch.allclose(unshifted[0] - unshifted[1], torch.ones(100).double(), atol=1e-5)
+    assert draws.s.min() == 0
+    assert draws.t.max() == 1
+
+
+# convergence
+
+
+def teachers_own(teacher: Teacher, j: int, n: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(A, b) of the guided teacher's ODE in j first-order steps from level j / n to 0."""
+    shape = teacher.latent_shape()
+    x, condition = torch.stack([torch.zeros(shape), torch.ones(shape)]), teacher.encode([SHIFT] * 2)
+    levels = [teacher.noise.shift(torch.tensor(i / n, dtype=torch.float64)) for i in range(j, -1, -1)]
+    with torch.no_grad():
+        for t, s in zip(levels, levels[1:], strict=False):
+            x, _ = rules.ode(x, teacher.guided_x0(x, t, condition, scale), t, s, teacher.noise)
+    y = x[:, :, 0, 0].double()
+    return y[1] - y[0], y[0]
+
+
+def distance(
+    teacher: Teacher, level: float, scale: float, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]
+) -> float:
+    """Root mean square of the difference of two affine maps over the guided x_t of a level, in standard deviations."""
+    mean, std = teacher.mean.flatten().double() + scale * float(SHIFT), teacher.std.flatten().double()
+    t = teacher.noise.shift(torch.tensor(level, dtype=torch.float64))
+    alpha, sigma = teacher.noise.alpha(t), teacher.noise.sigma(t)
+    gain, offset = one[0] - two[0], one[1] - two[1]
+    v = (alpha**2 * std**2 + sigma**2).sqrt()
+    return (((offset + gain * alpha * mean) ** 2 + (gain * v) ** 2).sqrt() / std).max().item()
+
+
+def exact(teacher: Teacher, level: float, scale: float) -> tuple[Tensor, Tensor]:
+    """(A, b) of the exact guided ODE: m + S/v (x - alpha m)."""
+    mean, std = teacher.mean.flatten().double() + scale * float(SHIFT), teacher.std.flatten().double()
+    t = teacher.noise.shift(torch.tensor(level, dtype=torch.float64))
+    alpha, sigma = teacher.noise.alpha(t), teacher.noise.sigma(t)
+    gain = std / (alpha**2 * std**2 + sigma**2).sqrt()
+    return gain, mean - gain * alpha * mean
+
+
+def trained(folder: Path, name: str, n: int, **changes: Any) -> tuple[Teacher, Consistency]:
+    """A student that Trainer has trained on a grid of n levels, its own tables fine enough for each to differ."""
+    teacher = Teacher(PROCESSES[name], MEAN, STD, knots=48)
+    settings = {
+        **{"num_ode_steps": n, "target_ema_decay": 0.5, "train_batch_size": 16, "max_train_steps": 250},
+        # an error of epsilon is multiplied by up to 1 / 0.068
+        **{"learning_rate": 0.005 if name == "vp" else 0.03, "lr_scheduler": "cosine"},
+        **{"adam_beta1": 0.0, "adam_beta2": 0.95, "logging_steps": 1000, "checkpointing_steps": 1000},
+    }
+    made = lcm(folder, teacher, **(settings | {"name": f"{name}-{n}"} | changes))
+    x0 = teacher.draw(64, torch.Generator().manual_seed(0), float(SHIFT)).expand(64, *teacher.latent_shape())
+    under_training(folder, made, teacher, [SHIFT] * 64, x0).run()
+    return teacher, made
+
+
+@pytest.mark.parametrize("name", ["vp", "vp_v_zero_snr", "flow_shifted", "edm"])
+def test_the_trained_student_is_the_exact_map_up_to_the_teachers_own_grid(name: str, tmp_path: Path):
+    """At every level the student is the teacher's own ODE on the grid, composed to one step, within 2% of a deviation.
+
+    So its distance to the exact map is that of N first-order steps from the top: from N = 8 to 16 it halves, or a
+    little less, as the next order still counts at 8 (ratios of 1.7 to 1.9).
+    """
+    far = {}
+    for n in (8, 16):
+        teacher, made = trained(tmp_path, name, n)
+        for j in range(1, n + 1):
+            student = affine(made.student.denoiser, j / n, SHIFT)
+            assert distance(teacher, j / n, SCALE, student, teachers_own(teacher, j, n, SCALE)) < 0.02
+        far[n] = distance(teacher, 1.0, SCALE, student, exact(teacher, 1.0, SCALE))
+    assert 1.65 < far[8] / far[16] < 2.05
+
+
+def test_the_trained_student_follows_its_guidance_input(tmp_path: Path):
+    """One student, scales from 1 to 4: at each the map of the teacher so guided, within 4% of a deviation."""
+    teacher, made = trained(tmp_path, "flow", 8, guidance_scale=1.0, guidance_scale_max=4.0)
+    for scale in (1.0, 2.5, 4.0):
+        student = affine(made.student.denoiser, 1.0, SHIFT, scale)
+        assert distance(teacher, 1.0, scale, student, teachers_own(teacher, 8, 8, scale)) < 0.04
+    assert made.plan(1).embedded_guidance == 2.5
+
+
+# roles
+
+
+def test_the_target_is_a_moving_average_of_the_student(tmp_path: Path):
+    """After each step target <- 0.8 target + 0.2 student, from the same start."""
+    teacher = Teacher(vp("v_prediction"), MEAN, STD)
+    made = lcm(tmp_path, teacher, target_ema_decay=0.8)
+    trainer = under_training(tmp_path, made, teacher, [SHIFT] * 4)
+    for i in range(3):
+        before = {k: p.detach().clone() for k, p in made.target.parameters.items()}
+        trainer.step(i)
+        for key, value in before.items():
+            expected = 0.8 * value + 0.2 * made.student.parameters[key]
+            assert torch.allclose(made.target.parameters[key], expected, atol=1e-6)
+    # `mean` moves; the table entries that no level has reached stay
+    assert (made.student.parameters["network.mean"] - teacher.mean).abs().max() > 0.01
+    assert all(p.grad is None for p in made.target.parameters.values())
+
+
+@cache
+def stable_diffusion() -> Denoiser:
+    return denoiser_of(tiny_stable_diffusion())
+
+
+def lora(folder: Path, **changes: Any) -> Consistency:
+    """LCM-LoRA on a tiny pipeline of its own, the adapter's zero half perturbed."""
+    settings = config(folder, method="lcm", guidance_scale=4.0, **changes)
+    made = Consistency(settings, Networks(denoiser_of(tiny_stable_diffusion()), "lora", rank=4))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for key, p in made.student.parameters.items():
+            if "lora_B" in key:
+                p.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(key)))
+    return made
+
+
+def test_a_lora_student_is_its_own_target(tmp_path: Path):
+    """No copy: adapter off, on without graph, on with graph; cost as declared, rows divided by the batch."""
+    made = lora(tmp_path)
+    assert list(made.roles()) == ["teacher", "student"]
+    batch = batch_of(made.student.denoiser, PROMPTS)
+    draws = made.draw(batch, Rngs(0, 0, range(2)), 0, ["student"])
+    for p in made.student.parameters.values():
+        p.requires_grad_(True)
+    with calls(made) as seen:
+        loss(made, batch, draws).backward()
+    assert [(c.role, c.rows, c.graph) for c in seen] == [
+        ("teacher", 4, False),
+        ("student", 2, False),
+        ("student", 2, True),
+    ]
+    assert all(p.grad is not None for p in made.student.parameters.values())
+    base = dict(made.teacher.denoiser.network.module.named_parameters())
+    assert not any(p.grad is not None for k, p in base.items() if ".lora_" not in k)
+
+
+def test_batched_guidance_equals_two_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """4 x0_c - 3 x0_u, said with two calls of B rows, gives the same loss and gradient."""
+    made = lora(tmp_path)
+    batch = batch_of(made.student.denoiser, PROMPTS)
+    draws = made.draw(batch, Rngs(0, 0, range(2)), 0, ["student"])
+    parameter = next(p for k, p in made.student.parameters.items() if "lora_B" in k)
+    parameter.requires_grad_(True)
+    batched = loss(made, batch, draws)
+
+    def two_calls(self: Denoiser, x_t: Tensor, t: Tensor, condition: Condition, scale: float) -> Tensor:
+        unconditional = self.x0(x_t, t, condition.unconditional())
+        return unconditional + scale * (self.x0(x_t, t, condition) - unconditional)
+
+    monkeypatch.setattr(Denoiser, "guided_x0", two_calls)
+    with calls(made) as seen:
+        single = loss(made, batch, draws)
+    assert [c.rows for c in seen] == [2, 2, 2, 2]
+    assert batched.item() == pytest.approx(single.item(), rel=1e-4)
+    one, two = (torch.autograd.grad(v, parameter)[0] for v in (batched, single))
+    assert (one - two).norm() < 1e-3 * two.norm()
+
+
+def test_a_lora_cannot_take_a_guidance_input(tmp_path: Path):
+    with pytest.raises(UserError, match="train a full student, not a LoRA"):
+        lora(tmp_path, guidance_scale_max=8.0)
+
+
+# cost
+
+
+@pytest.mark.parametrize(
+    ("changes", "forward"), [({}, 3), ({"guidance_scale": 1.0}, 2), ({"guidance_scale_max": 4.0}, 3)]
+)
+def test_cost_is_as_declared(changes: dict[str, float], forward: float, tmp_path: Path):
+    """Rows through the networks in an iteration of the trainer, divided by the batch."""
+    teacher = Teacher(PROCESSES["flow"], MEAN, STD)
+    made = lcm(tmp_path, teacher, **changes)
+    trainer = under_training(tmp_path, made, teacher, [SHIFT] * 4)
+    with calls(made) as seen:
+        trainer.step(0)
+    rows = {graph: sum(c.rows for c in seen if c.graph is graph) / 4 for graph in (False, True)}
+    assert made.forwards() == {"student": {"forward": rows[False], "backward": rows[True]}}
+    assert rows == {False: forward, True: 1}
+
+
+# sampling
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_the_plan_is_lcm_schedulers_own(steps: int, tmp_path: Path):
+    from diffusers import LCMScheduler
+
+    teacher = Teacher(vp(), MEAN, STD)
+    made = lcm(tmp_path, teacher, steps=[1, 2, 4, 8])
+    scheduler = LCMScheduler()
+    scheduler.set_timesteps(steps, original_inference_steps=50)
+    plan = made.plan(steps)
+    times = teacher.noise.model_time(torch.tensor(plan.levels).double())
+    assert times.tolist() == pytest.approx(scheduler.timesteps.tolist(), abs=1e-6)
+    assert plan.rule == "consistency"
+    assert plan.nfe == steps
+    with pytest.raises(UserError, match="steps 3: this student is sampled in 1, 2, 4, 8 steps"):
+        made.plan(3)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_sampling_starts_where_training_had_its_noise(name: str, tmp_path: Path):
+    """The exact map of pure noise, started at the plan's own scale, is the guided law: EDM starts from 5 z, not z.
+
+    From N(0, I) instead of N(alpha m, v^2) Stable Diffusion's is off by alpha m S / v = 0.068 m S, and no more.
+    """
+    teacher = Teacher(PROCESSES[name], MEAN, STD, side=64)
+    made = lcm(tmp_path, teacher)
+    jumping(made, GUIDED)
+    plan = made.plan(1)
+    seeds = range(8)
+    found = sample(made.student.denoiser, teacher.encode([SHIFT] * 8), plan, seeds)
+    mean, std = found.mean((0, 2, 3)), found.std((0, 2, 3))
+    wanted = teacher.mean.flatten() + GUIDED
+    # 32,768 draws: standard errors of S / 181 and S / 256; 6 of them beside the bias
+    bias = 0.069 * wanted.abs() * teacher.std.flatten() if name in ("vp", "edm") else 0.0
+    assert ((mean - wanted).abs() < bias + teacher.std.flatten() / 30).all()
+    assert std.tolist() == pytest.approx(STD, rel=0.04)
