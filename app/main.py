@@ -58,7 +58,8 @@ def train(
     The run is written to runs/NAME: checkpoints, previews, the student, and a report that compares it with its
     teacher. Ctrl-C saves a checkpoint.
 
-    On several devices: accelerate launch -m fewstep.distill CONFIG
+    On several devices: accelerate launch -m fewstep.distill CONFIG, or torchrun --nproc_per_node 2 -m fewstep.distill
+    CONFIG
     """
     from fewstep.distill.console import train_command
 

