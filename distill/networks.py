@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.distill.distiller import Role
-from fewstep.samplers.adapters import Adapted, bare
+from fewstep.samplers.adapters import Adapted, adapters_added, bare
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 
@@ -97,7 +97,7 @@ class Networks:
                 if f".{name}." in key:
                     parameter.data = parameter.data.float()
                     parameters[f"{network_name}.{key.replace(f'.{name}.', '.')}"] = parameter
-            module._fewstep_active = ()  # type: ignore[assignment]
+            adapters_added(module)
         return Role(self._seen(name), parameters, adapter=name)
 
     def _copy(self, guidance_input: bool) -> Role:

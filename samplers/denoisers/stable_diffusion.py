@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep.samplers.adapters import bare
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser, pipeline_size
 from fewstep.samplers.denoisers.vae import images_of_latents, latents_of_images
@@ -16,6 +17,10 @@ UNET_LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
+
+
+GUIDANCE_DIMENSIONS = 256
+"""Of the embedded guidance scale, as in LCM's own UNets."""
 
 
 def guidance_embedding(scale: Tensor, dimensions: int) -> Tensor:
@@ -37,6 +42,15 @@ class StableDiffusion(Denoiser):
     @property
     def takes_guidance(self) -> bool:
         return self.network.config.time_cond_proj_dim is not None
+
+    def with_guidance_input(self) -> Denoiser:
+        unet = bare(self.network)
+        new = type(unet).from_config({**unet.config, "time_cond_proj_dim": GUIDANCE_DIMENSIONS})
+        missing, _ = new.load_state_dict(unet.state_dict(), strict=False)
+        assert missing == ["time_embedding.cond_proj.weight"]
+        # published scripts leave it random; zero, the student starts as the teacher
+        torch.nn.init.zeros_(new.time_embedding.cond_proj.weight)
+        return self.with_networks({"unet": new.to(unet.device, unet.dtype).requires_grad_(False).eval()})
 
     def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
         p = self.pipeline

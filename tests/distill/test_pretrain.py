@@ -14,11 +14,11 @@ from fewstep.distill.networks import Networks
 from fewstep.distill.random import Rngs
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
-from fewstep.samplers.noise import EDM, Flow
+from fewstep.samplers.noise import EDM, Discrete, Flow
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
-from tests.closed_form import GaussianTeacher, posterior, processes, vp
-from tests.distill.gaussian import Teacher, calls, method, under_training
+from tests.closed_form import GaussianTeacher, posterior, processes
+from tests.distill.gaussian import PROCESSES, Teacher, calls, method, under_training
 from tests.distill.runs import config
 from tests.pipelines import PROMPTS, tiny_ddpm, tiny_stable_diffusion
 
@@ -61,8 +61,6 @@ def test_min_snr_of_epsilon_in_the_papers_form(tmp_path: Path):
     """min(SNR, gamma) / SNR on epsilon, / (SNR + 1) on v (arXiv:2303.09556, section 3.4), at alpha = 0.8 and 0.6."""
     table = torch.tensor([0.64, 0.36])  # SNR 16/9 and 9/16
     for kind, expected in (("epsilon", [9 / 16, 1.0]), ("v_prediction", [9 / 25, 9 / 25])):
-        from fewstep.samplers.noise import Discrete
-
         teacher = GaussianTeacher(Discrete(table, kind))
         made = Pretrain(config(tmp_path, student="full", snr_gamma=1.0), Networks(teacher, "full"))  # type: ignore[arg-type]
         assert made.weight(torch.tensor([0.5, 1.0])).tolist() == pytest.approx(expected)
@@ -77,8 +75,8 @@ def test_a_trained_network_is_the_exact_denoiser(name: str, gamma: float | None,
     """From N(0, 1) to data N(mu, S^2) by Trainer: E[x0 | x_t] within 8% of S, two deviations of x_t to either side.
 
     Least squares over an affine network knows no more of the data than its mean and deviation, so those of the
-    64 samples are made exact. 512 draws a channel in each iteration, about 50 of them averaged: 1% of S, and more
-    where an epsilon or a flow's velocity is turned into x0 at high noise.
+    64 samples are made exact. What is left is the walk of the optimiser, up to 5% where an epsilon is divided by a
+    small alpha and where EDM's corrections at high noise are hardly used.
     """
     noise = {
         "vp": vp(),
@@ -89,10 +87,10 @@ def test_a_trained_network_is_the_exact_denoiser(name: str, gamma: float | None,
     mean, std = (torch.tensor(v).reshape(2, 1, 1) for v in ([1.2, -0.4], [0.5, 1.6]))
     x0 = randn((64, 2, 8, 8), generators(range(64)))
     x0 = mean + std * (x0 - x0.mean((0, 2, 3), keepdim=True)) / x0.std((0, 2, 3), correction=0, keepdim=True)
-    teacher = Teacher(noise[name], [0.0, 0.0], [1.0, 1.0], knots=4)
+    teacher = Teacher(PROCESSES[name], [0.0, 0.0], [1.0, 1.0])
     settings = {
-        **{"method": "pretrain", "snr_gamma": gamma, "train_batch_size": 16, "max_train_steps": 300},
-        **{"learning_rate": 0.03, "lr_scheduler": "cosine", "adam_beta2": 0.95},
+        **{"method": "pretrain", "snr_gamma": gamma, "train_batch_size": 16, "max_train_steps": 600},
+        **{"learning_rate": 0.03, "lr_scheduler": "cosine", "adam_beta2": 0.99},
         **{"logging_steps": 1000, "checkpointing_steps": 1000, "prompt_dropout": 0.0},
     }
     made = method(tmp_path, teacher, **settings)
