@@ -17,7 +17,7 @@ help:
 	@echo "make lint   install with the dev extra, run ruff check, ruff format --check and pyright"
 
 demo: .venv/installed
-	$(BIN)/fewstep train quickstart
+	$(BIN)/fewstep train quickstart --resume
 
 test: .venv/installed-test
 	$(BIN)/pytest $(ARGS)

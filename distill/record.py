@@ -54,6 +54,17 @@ def environment() -> dict[str, Any]:
     return {"python": platform.python_version(), "packages": packages, **machine}
 
 
+def check_tracker(name: str | None) -> None:
+    """UserError for a tracker that accelerate does not know, or whose package it would miss without a word."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
+    if name is not None and name not in known:
+        raise UserError(f"report_to {name}: no tracker of accelerate; known: {', '.join(known)}")
+    if name is not None and name not in {tracker.value for tracker in get_available_trackers()}:
+        raise UserError(f"report_to {name}: its package is not installed; try: pip install {name}")
+
+
 class Record:
     """The run's folder; only the main process writes.
 

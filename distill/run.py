@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from fewstep.distill import data as data_sets
@@ -17,7 +18,7 @@ from fewstep.distill.data import DataSet
 from fewstep.distill.distiller import Distiller
 from fewstep.distill.methods import distiller
 from fewstep.distill.networks import Networks
-from fewstep.distill.record import Record, pixels_shape
+from fewstep.distill.record import Record, check_tracker, pixels_shape
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import class_of, family, load
@@ -34,6 +35,7 @@ def refuse(config: TrainConfig) -> None:
         raise ConfigError(f"config: prompts: missing; method {config.method} needs prompts (or train_data's captions)")
     if config.train_data is None and config.prompts not in (None, "embedded:emoji"):
         data_sets.read_prompts(config.prompts)
+    check_tracker(config.report_to)
 
 
 def methods_distiller(config: TrainConfig, networks: Networks) -> Distiller:
@@ -81,6 +83,7 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     refuse(config)
     if teacher is None:
         family(class_of(config.teacher, config.revision))
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=str(config.run_dir)
     )

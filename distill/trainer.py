@@ -48,6 +48,9 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, accelerator: Accelerator, method: Distiller, batches: Batches, record: Record
     ):
+        if config.mixed_precision == "fp16" and accelerator.scaler is None:
+            # accelerate would train in float32 without a word
+            raise UserError("mixed_precision fp16: needs a GPU; on this device use bf16 or no")
         self.config, self.accelerator, self.method = config, accelerator, method
         self.batches, self.record = batches, record
         self.roles = method.roles()

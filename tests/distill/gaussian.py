@@ -17,6 +17,7 @@ from fewstep.distill.run import methods_distiller
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.load import denoiser_of
 from fewstep.samplers.noise import EDM, Flow, NoiseProcess
 from tests.closed_form import GaussianNetwork, GaussianTeacher, vp
 from tests.distill.runs import config, trainer
@@ -77,9 +78,20 @@ class Teacher(GaussianTeacher):
         return Teacher(self.noise, mean, std, self.side, len(self.network.scale) - 1, guided=0.0)
 
 
-def method(folder: Path, teacher: Teacher, **changes: Any) -> Distiller:
+def method(folder: Path, teacher: Teacher, **changes: Any) -> Any:
     """A method over full copies of a teacher; `changes` are keys of its config."""
     return methods_distiller(config(folder, student="full", **changes), Networks(teacher, "full"))
+
+
+def lora(folder: Path, pipeline: Any, perturbed: bool = True, **changes: Any) -> Any:
+    """A method over LoRA roles on a pipeline in memory, each adapter's zero half perturbed in its own way."""
+    made = methods_distiller(config(folder, **changes), Networks(denoiser_of(pipeline), "lora", rank=4))
+    for seed, role in enumerate(made.roles().values()):
+        for key, p in role.parameters.items():
+            if perturbed and "lora_B" in key:
+                with torch.no_grad():
+                    p.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(key) + 1000 * seed))
+    return made
 
 
 def under_training(

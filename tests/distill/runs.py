@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,6 +131,17 @@ class Scripted(Distiller):
 def square(weights: Tensor, draws: Tensor, iteration: int) -> Tensor:
     """Mean |w - x|^2."""
     return (weights - draws).square().mean()
+
+
+def bad(kind: str, at: int) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """A loss whose value, or whose gradient alone, is not finite in one iteration."""
+
+    def loss(w: Tensor, draws: Tensor, iteration: int) -> Tensor:
+        if iteration != at:
+            return square(w, draws, iteration)
+        return w.sum() * math.nan if kind == "loss" else (w.sum() * 0).sqrt()
+
+    return loss
 
 
 def scripted(folder: Path, distiller: Scripted, resume: bool = False, **changes: Any) -> Trainer:

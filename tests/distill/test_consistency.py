@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,14 @@ from torch import Tensor
 
 from fewstep.distill.distiller import Batch
 from fewstep.distill.methods.consistency import Consistency, Draws
-from fewstep.distill.networks import Networks
 from fewstep.distill.random import Rngs
-from fewstep.samplers import rules
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import denoiser_of
 from fewstep.samplers.plan import generators, sample
 from fewstep.samplers.rules import randn
 from tests.closed_form import vp
-from tests.distill.gaussian import PROCESSES, Teacher, affine, calls, method, under_training
-from tests.distill.runs import config
+from tests.distill.gaussian import PROCESSES, Teacher, calls, lora, method, under_training
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
 MEAN, STD = [0.7, -0.4], [0.5, 1.3]
@@ -156,83 +151,6 @@ def test_draws_are_neighbours_of_the_grid(tmp_path: Path):
     assert draws.t.max() == 1
 
 
-# convergence
-
-
-def teachers_own(teacher: Teacher, j: int, n: int, scale: float) -> tuple[Tensor, Tensor]:
-    """(A, b) of the guided teacher's ODE in j first-order steps from level j / n to 0."""
-    shape = teacher.latent_shape()
-    x, condition = torch.stack([torch.zeros(shape), torch.ones(shape)]), teacher.encode([SHIFT] * 2)
-    levels = [teacher.noise.shift(torch.tensor(i / n, dtype=torch.float64)) for i in range(j, -1, -1)]
-    with torch.no_grad():
-        for t, s in pairwise(levels):
-            x, _ = rules.ode(x, teacher.guided_x0(x, t, condition, scale), t, s, teacher.noise)
-    y = x[:, :, 0, 0].double()
-    return y[1] - y[0], y[0]
-
-
-def distance(
-    teacher: Teacher, level: float, scale: float, one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]
-) -> float:
-    """Root mean square of the difference of two affine maps over the guided x_t of a level, in standard deviations."""
-    mean, std = teacher.mean.flatten().double() + scale * float(SHIFT), teacher.std.flatten().double()
-    t = teacher.noise.shift(torch.tensor(level, dtype=torch.float64))
-    alpha, sigma = teacher.noise.alpha(t), teacher.noise.sigma(t)
-    gain, offset = one[0] - two[0], one[1] - two[1]
-    v = (alpha**2 * std**2 + sigma**2).sqrt()
-    return (((offset + gain * alpha * mean) ** 2 + (gain * v) ** 2).sqrt() / std).max().item()
-
-
-def exact(teacher: Teacher, level: float, scale: float) -> tuple[Tensor, Tensor]:
-    """(A, b) of the exact guided ODE: m + S/v (x - alpha m)."""
-    mean, std = teacher.mean.flatten().double() + scale * float(SHIFT), teacher.std.flatten().double()
-    t = teacher.noise.shift(torch.tensor(level, dtype=torch.float64))
-    alpha, sigma = teacher.noise.alpha(t), teacher.noise.sigma(t)
-    gain = std / (alpha**2 * std**2 + sigma**2).sqrt()
-    return gain, mean - gain * alpha * mean
-
-
-def trained(folder: Path, name: str, n: int, **changes: Any) -> tuple[Teacher, Consistency]:
-    """A student that Trainer has trained on a grid of n levels, its own tables fine enough for each to differ."""
-    teacher = Teacher(PROCESSES[name], MEAN, STD, knots=48)
-    settings = {
-        **{"num_ode_steps": n, "target_ema_decay": 0.5, "train_batch_size": 16, "max_train_steps": 250},
-        # an error of epsilon is multiplied by up to 1 / 0.068
-        **{"learning_rate": 0.005 if name == "vp" else 0.03, "lr_scheduler": "cosine"},
-        **{"adam_beta1": 0.0, "adam_beta2": 0.95, "logging_steps": 1000, "checkpointing_steps": 1000},
-    }
-    made = lcm(folder, teacher, **(settings | {"name": f"{name}-{n}"} | changes))
-    x0 = teacher.mean + float(SHIFT) + teacher.std * randn((64, *teacher.latent_shape()), generators(range(64)))
-    under_training(folder, made, teacher, [SHIFT] * 64, x0).run()
-    return teacher, made
-
-
-@pytest.mark.parametrize("name", ["vp", "vp_v_zero_snr", "flow_shifted", "edm"])
-def test_the_trained_student_is_the_exact_map_up_to_the_teachers_own_grid(name: str, tmp_path: Path):
-    """At every level the student is the teacher's own ODE on the grid, composed to one step, within 2% of a deviation.
-
-    So its distance to the exact map is that of N first-order steps from the top: from N = 8 to 16 it halves, or a
-    little less, as the next order still counts at 8 (ratios of 1.7 to 1.9).
-    """
-    far = {}
-    for n in (8, 16):
-        teacher, made = trained(tmp_path, name, n)
-        for j in range(1, n + 1):
-            student = affine(made.student.denoiser, j / n, SHIFT)
-            assert distance(teacher, j / n, SCALE, student, teachers_own(teacher, j, n, SCALE)) < 0.02
-        far[n] = distance(teacher, 1.0, SCALE, student, exact(teacher, 1.0, SCALE))
-    assert 1.65 < far[8] / far[16] < 2.05
-
-
-def test_the_trained_student_follows_its_guidance_input(tmp_path: Path):
-    """One student, scales from 1 to 4: at each the map of the teacher so guided, within 4% of a deviation."""
-    teacher, made = trained(tmp_path, "flow", 8, guidance_scale=1.0, guidance_scale_max=4.0, max_train_steps=500)
-    for scale in (1.0, 2.5, 4.0):
-        student = affine(made.student.denoiser, 1.0, SHIFT, scale)
-        assert distance(teacher, 1.0, scale, student, teachers_own(teacher, 8, 8, scale)) < 0.04
-    assert made.plan(1).embedded_guidance == 2.5
-
-
 # roles
 
 
@@ -251,20 +169,9 @@ def test_the_target_is_a_moving_average_of_the_student(tmp_path: Path):
     assert all(p.grad is None for p in made.target.parameters.values())
 
 
-def lora(folder: Path, **changes: Any) -> Consistency:
-    """LCM-LoRA on a tiny pipeline of its own, the adapter's zero half perturbed."""
-    settings = config(folder, method="lcm", guidance_scale=4.0, **changes)
-    made = Consistency(settings, Networks(denoiser_of(tiny_stable_diffusion()), "lora", rank=4))  # type: ignore[arg-type]
-    with torch.no_grad():
-        for key, p in made.student.parameters.items():
-            if "lora_B" in key:
-                p.normal_(0, 0.05, generator=torch.Generator().manual_seed(len(key)))
-    return made
-
-
 def test_a_lora_student_is_its_own_target(tmp_path: Path):
     """No copy: adapter off, on without graph, on with graph; cost as declared, rows divided by the batch."""
-    made = lora(tmp_path)
+    made = lora(tmp_path, tiny_stable_diffusion(), method="lcm", guidance_scale=4.0)
     assert list(made.roles()) == ["teacher", "student"]
     batch = batch_of(made.student.denoiser, PROMPTS)
     draws = made.draw(batch, Rngs(0, 0, range(2)), 0, ["student"])
@@ -284,7 +191,7 @@ def test_a_lora_student_is_its_own_target(tmp_path: Path):
 
 def test_batched_guidance_equals_two_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """4 x0_c - 3 x0_u, said with two calls of B rows, gives the same loss and gradient."""
-    made = lora(tmp_path)
+    made = lora(tmp_path, tiny_stable_diffusion(), method="lcm", guidance_scale=4.0)
     batch = batch_of(made.student.denoiser, PROMPTS)
     draws = made.draw(batch, Rngs(0, 0, range(2)), 0, ["student"])
     parameter = next(p for k, p in made.student.parameters.items() if "lora_B" in k)
@@ -306,7 +213,7 @@ def test_batched_guidance_equals_two_calls(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_lora_cannot_take_a_guidance_input(tmp_path: Path):
     with pytest.raises(UserError, match="train a full student, not a LoRA"):
-        lora(tmp_path, guidance_scale_max=8.0)
+        lora(tmp_path, tiny_stable_diffusion(), method="lcm", guidance_scale_max=8.0)
 
 
 # cost

@@ -78,12 +78,6 @@ def test_a_trained_network_is_the_exact_denoiser(name: str, gamma: float | None,
     64 samples are made exact. What is left is the walk of the optimiser, up to 5% where an epsilon is divided by a
     small alpha and where EDM's corrections at high noise are hardly used.
     """
-    noise = {
-        "vp": vp(),
-        "vp_v_zero_snr": vp("v_prediction", True),
-        "flow_shifted": Flow(3.0),
-        "edm": EDM(sigma_max=5.0),
-    }
     mean, std = (torch.tensor(v).reshape(2, 1, 1) for v in ([1.2, -0.4], [0.5, 1.6]))
     x0 = randn((64, 2, 8, 8), generators(range(64)))
     x0 = mean + std * (x0 - x0.mean((0, 2, 3), keepdim=True)) / x0.std((0, 2, 3), correction=0, keepdim=True)

@@ -1,11 +1,8 @@
-"""The loop: what an iteration does to the weights, when it stops, and what it leaves behind."""
+"""The loop: what an iteration does to the weights."""
 
 from __future__ import annotations
 
-import errno
 import math
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.distill import checkpoint, interrupt
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Losses
 from fewstep.distill.methods.pretrain import Pretrain
 from fewstep.distill.networks import Networks
 from fewstep.distill.random import Rngs, permutation
-from fewstep.distill.record import MAY_CHANGE
-from fewstep.distill.trainer import Interrupted, Trainer
-from fewstep.samplers.errors import UserError
+from fewstep.distill.trainer import Trainer
 from fewstep.samplers.noise import EDM, Flow, NoiseProcess
 from tests.closed_form import GaussianTeacher, vp
 from tests.distill.runs import Scripted, config, metrics, scripted, square, trainer
@@ -180,210 +174,6 @@ def test_what_torch_draws_itself_is_of_the_iteration(tmp_path: Path):
     run.run()
     assert seen["later"] == seen["straight"][2:]
     assert len(set(seen["straight"])) == 4
-
-
-def bad(kind: str, at: int) -> Callable[[Tensor, Tensor, int], Tensor]:
-    """A loss whose value, or whose gradient alone, is not finite in one iteration."""
-
-    def loss(w: Tensor, draws: Tensor, iteration: int) -> Tensor:
-        if iteration != at:
-            return square(w, draws, iteration)
-        return w.sum() * math.nan if kind == "loss" else (w.sum() * 0).sqrt()
-
-    return loss
-
-
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_a_non_finite_number_stops_the_run(tmp_path: Path, kind: str):
-    """With iteration (counted as in metrics.jsonl), role and last good checkpoint; the weights stay as they were."""
-    method = Scripted({"student": square, "fake_score": bad(kind, 4)})
-    run = scripted(tmp_path, method)
-    before = {}
-    run.method.after_step = lambda role, i, scalars: before.update({role: method.weights[role].tolist()})  # type: ignore[method-assign]
-    with pytest.raises(UserError) as caught:
-        run.run()
-    assert str(caught.value) == (
-        f"iteration 5: the {kind} of fake_score is not finite; "
-        f"the last good checkpoint is {tmp_path / 'run/checkpoints/step-000004'}. Try a lower learning_rate"
-    )
-    assert method.weights["fake_score"].tolist() == before["fake_score"]
-    assert [line["iteration"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
-
-
-def test_a_non_finite_number_before_any_checkpoint(tmp_path: Path):
-    run = scripted(tmp_path, Scripted({"student": bad("loss", 0)}), gradient_accumulation_steps=2)
-    with pytest.raises(UserError, match=r"iteration 1: the loss of student .* no checkpoint was written yet"):
-        run.run()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_a_signal_ends_the_run_after_a_whole_iteration(
-    tmp_path: Path, number: signal.Signals, capfd: pytest.CaptureFixture[str]
-):
-    """In the middle of an accumulation: the iteration is finished, a checkpoint written, and a line says how to go on."""
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-
-    def loss(w: Tensor, draws: Tensor, iteration: int) -> Tensor:
-        if iteration == 2:
-            os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)  # as from a terminal and from a launcher
-        return square(w, draws, iteration)
-
-    run = scripted(tmp_path, Scripted({"student": loss}), gradient_accumulation_steps=2, checkpointing_steps=100)
-    with pytest.raises(Interrupted) as caught:
-        run.run()
-    assert str(caught.value) == "stopped at iteration 3 of 6; go on with --resume"
-    assert capfd.readouterr().err.splitlines() == ["stopping after this iteration; once more stops at once"]
-    assert checkpoint.latest(tmp_path / "run/checkpoints")[0] == tmp_path / "run/checkpoints/step-000003"
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
-    straight, resumed = Scripted({"student": square}), Scripted({"student": square})
-    changes = {"gradient_accumulation_steps": 2, "checkpointing_steps": 100}
-    scripted(tmp_path / "straight", straight, **changes).run()
-    scripted(tmp_path, resumed, resume=True, **changes).run()
-    assert resumed.weights["student"].equal(straight.weights["student"])
-    assert resumed.memory == straight.memory
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight/run")
-
-
-def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Later than the second that one Ctrl-C may need to come twice."""
-    clock = iter(range(0, 100, 2))
-    monkeypatch.setattr(interrupt.time, "monotonic", lambda: next(clock))
-    done = []
-
-    def loss(w: Tensor, draws: Tensor, iteration: int) -> Tensor:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        done.append(iteration)
-        return square(w, draws, iteration)
-
-    with pytest.raises(KeyboardInterrupt):
-        scripted(tmp_path, Scripted({"student": loss})).run()
-    assert done == []
-
-
-def test_a_signal_in_the_last_iteration_changes_nothing(tmp_path: Path):
-    def loss(w: Tensor, draws: Tensor, iteration: int) -> Tensor:
-        if iteration == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return square(w, draws, iteration)
-
-    run = scripted(tmp_path, Scripted({"student": loss}))
-    run.run()
-    assert run.iteration == 6
-
-
-def test_metrics_hold_the_latest_of_every_role(tmp_path: Path):
-    """Every logging_steps and at the end; a role that did not step is not left out; resume writes the same lines."""
-    every = {"student": 3}
-    changes = {"max_train_steps": 7, "logging_steps": 2, "checkpointing_steps": 4}
-    scripted(tmp_path / "a", Scripted({"student": square, "fake_score": square}, every=every), **changes).run()
-    lines = metrics(tmp_path / "a/run")
-    assert [line["iteration"] for line in lines] == [2, 4, 6, 7]
-    wanted = {f"{role}/{what}" for role in ("student", "fake_score") for what in ("loss", "grad_norm")}
-    assert all(line.keys() == {"iteration", "learning_rate"} | wanted for line in lines)
-    steps = [line["student/loss"] for line in lines]  # in iterations 1, 4 and 7
-    assert len(set(steps)) == 3
-    assert steps[1] == steps[2]
-
-    stopped = Scripted({"student": square, "fake_score": bad("loss", 5)}, every=every)
-    with pytest.raises(UserError):
-        scripted(tmp_path / "b", stopped, **changes).run()
-    method = Scripted({"student": square, "fake_score": square}, every=every)
-    scripted(tmp_path / "b", method, resume=True, **changes).run()
-    assert metrics(tmp_path / "b/run") == lines
-
-
-def test_the_best_checkpoint_is_kept(tmp_path: Path):
-    """The lowest of the metric at a checkpoint, beside the last ones; also through a resume."""
-
-    def loss(w: Tensor, draws: Tensor, iteration: int) -> Tensor:
-        return w.sum() * 0 + abs(iteration - 3) + 1  # lowest in iteration 4
-
-    changes = {"best_metric": "student/loss", "max_train_steps": 12, "checkpoints_total_limit": 1}
-    run = scripted(tmp_path, Scripted({"student": loss}), **changes)
-    run.config = run.config.model_copy(update={"max_train_steps": 6})
-    run.run()
-    resumed = scripted(tmp_path, Scripted({"student": loss}), resume=True, **changes)
-    resumed.run()
-    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step-000004", "step-000012"]
-    assert resumed.best == (1.0, 4)
-
-
-def test_a_metric_that_nobody_logs_is_refused_at_the_first_line(tmp_path: Path):
-    run = scripted(tmp_path, Scripted({"student": square}), best_metric="student/los")
-    with pytest.raises(UserError, match="best_metric student/los: never logged; logged: student/grad_norm, student/l"):
-        run.run()
-    assert run.iteration == 1
-
-
-def test_resume_without_a_whole_checkpoint_starts_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Killed before the first one, or all torn: it says so, and lines that were logged come once."""
-    straight = Scripted({"student": square})
-    scripted(tmp_path / "straight", straight).run()
-    with pytest.raises(UserError):
-        scripted(tmp_path, Scripted({"student": bad("loss", 3)})).run()
-    (tmp_path / "run/checkpoints/step-000002/manifest.json").unlink()
-    with (tmp_path / "run/metrics.jsonl").open("a") as file:
-        file.write('{"iteration": 4, "stud')  # a line torn by a kill
-    capsys.readouterr()
-    resumed = Scripted({"student": square})
-    scripted(tmp_path, resumed, resume=True).run()
-    said = capsys.readouterr().err
-    assert "step-000002: incomplete (FileNotFoundError); passed over" in said
-    assert f"no whole checkpoint in {tmp_path / 'run/checkpoints'}: starting at iteration 0" in said
-    assert resumed.weights["student"].equal(straight.weights["student"])
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight/run")
-
-
-def test_a_run_is_not_started_over_another(tmp_path: Path):
-    """Nor resumed with other values of what its numbers depend on; each such key is named."""
-    scripted(tmp_path, Scripted({"student": square})).run()
-    with pytest.raises(UserError, match=r"run: holds a run already; --resume continues it, name=OTHER starts another"):
-        scripted(tmp_path, Scripted({"student": square}))
-    with pytest.raises(UserError, match=r"other values of seed \(was 0, now 1\), train_batch_size \(was 4, now 8\)"):
-        scripted(tmp_path, Scripted({"student": square}), resume=True, seed=1, train_batch_size=8)
-    longer = scripted(tmp_path, Scripted({"student": square}), resume=True, max_train_steps=8, logging_steps=2)
-    longer.run()
-    assert [line["iteration"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 8]
-    assert TrainConfig.model_fields.keys() >= MAY_CHANGE
-
-
-def test_a_folder_where_nothing_was_trained_holds_no_run(tmp_path: Path):
-    """The first attempt ended before its first iteration: a mistake is corrected without a new name."""
-    scripted(tmp_path, Scripted({"student": square}), seed=1)
-    assert (tmp_path / "run/config.yaml").is_file()
-    scripted(tmp_path, Scripted({"student": square}), seed=2).run()
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])
-def test_a_full_disk_ends_the_run_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
-    """Whatever was being written; the checkpoint before is whole, and the run resumes from it."""
-    run = scripted(tmp_path, Scripted({"student": square}))
-    opened, made = Path.open, Path.mkdir
-
-    def full(path: Path) -> None:
-        if run.iteration == 4 and name in path.parts:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    def open_(self: Path, *args: Any, **kwargs: Any) -> Any:
-        full(self)
-        return opened(self, *args, **kwargs)
-
-    def mkdir(self: Path, *args: Any, **kwargs: Any) -> None:
-        full(self)
-        made(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", open_)
-        patch.setattr(Path, "mkdir", mkdir)
-        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
-            run.run()
-    assert checkpoint.latest(tmp_path / "run/checkpoints") == (tmp_path / "run/checkpoints/step-000002", [])
-    resumed, straight = Scripted({"student": square}), Scripted({"student": square})
-    scripted(tmp_path, resumed, resume=True).run()
-    scripted(tmp_path / "straight", straight).run()
-    assert resumed.weights["student"].equal(straight.weights["student"])
 
 
 class Nested(Scripted):

@@ -1,0 +1,110 @@
+"""What a run leaves behind, and what may be done with a folder that holds one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import accelerate.tracking
+import pytest
+from accelerate.utils import LoggerType
+from torch import Tensor
+
+from fewstep.distill.config import TrainConfig
+from fewstep.distill.record import MAY_CHANGE, check_tracker
+from fewstep.samplers.errors import UserError
+from tests.distill.runs import Scripted, bad, metrics, scripted, square
+
+
+def test_metrics_hold_the_latest_of_every_role(tmp_path: Path):
+    """Every logging_steps and at the end; a role that did not step is not left out; resume writes the same lines."""
+    every = {"student": 3}
+    changes = {"max_train_steps": 7, "logging_steps": 2, "checkpointing_steps": 4}
+    scripted(tmp_path / "a", Scripted({"student": square, "fake_score": square}, every=every), **changes).run()
+    lines = metrics(tmp_path / "a/run")
+    assert [line["iteration"] for line in lines] == [2, 4, 6, 7]
+    wanted = {f"{role}/{what}" for role in ("student", "fake_score") for what in ("loss", "grad_norm")}
+    assert all(line.keys() == {"iteration", "learning_rate"} | wanted for line in lines)
+    steps = [line["student/loss"] for line in lines]  # in iterations 1, 4 and 7
+    assert len(set(steps)) == 3
+    assert steps[1] == steps[2]
+
+    stopped = Scripted({"student": square, "fake_score": bad("loss", 5)}, every=every)
+    with pytest.raises(UserError):
+        scripted(tmp_path / "b", stopped, **changes).run()
+    method = Scripted({"student": square, "fake_score": square}, every=every)
+    scripted(tmp_path / "b", method, resume=True, **changes).run()
+    assert metrics(tmp_path / "b/run") == lines
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path):
+    """The lowest of the metric at a checkpoint, beside the last ones; also through a resume."""
+
+    def loss(w: Tensor, draws: Tensor, iteration: int) -> Tensor:
+        return w.sum() * 0 + abs(iteration - 3) + 1  # lowest in iteration 4
+
+    changes = {"best_metric": "student/loss", "max_train_steps": 12, "checkpoints_total_limit": 1}
+    run = scripted(tmp_path, Scripted({"student": loss}), **changes)
+    run.config = run.config.model_copy(update={"max_train_steps": 6})
+    run.run()
+    resumed = scripted(tmp_path, Scripted({"student": loss}), resume=True, **changes)
+    resumed.run()
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["step-000004", "step-000012"]
+    assert resumed.best == (1.0, 4)
+
+
+def test_a_metric_that_nobody_logs_is_refused_at_the_first_line(tmp_path: Path):
+    run = scripted(tmp_path, Scripted({"student": square}), best_metric="student/los")
+    with pytest.raises(UserError, match="best_metric student/los: never logged; logged: student/grad_norm, student/l"):
+        run.run()
+    assert run.iteration == 1
+
+
+def test_resume_without_a_whole_checkpoint_starts_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Killed before the first one, or all torn: it says so, and lines that were logged come once."""
+    straight = Scripted({"student": square})
+    scripted(tmp_path / "straight", straight).run()
+    with pytest.raises(UserError):
+        scripted(tmp_path, Scripted({"student": bad("loss", 3)})).run()
+    (tmp_path / "run/checkpoints/step-000002/manifest.json").unlink()
+    with (tmp_path / "run/metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "stud')  # a line torn by a kill
+    capsys.readouterr()
+    resumed = Scripted({"student": square})
+    scripted(tmp_path, resumed, resume=True).run()
+    said = capsys.readouterr().err
+    assert "step-000002: incomplete (FileNotFoundError); passed over" in said
+    assert f"no whole checkpoint in {tmp_path / 'run/checkpoints'}: starting at iteration 0" in said
+    assert resumed.weights["student"].equal(straight.weights["student"])
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "straight/run")
+
+
+def test_a_run_is_not_started_over_another(tmp_path: Path):
+    """Nor resumed with other values of what its numbers depend on; each such key is named."""
+    scripted(tmp_path, Scripted({"student": square})).run()
+    with pytest.raises(UserError, match=r"run: holds a run already; --resume continues it, name=OTHER starts another"):
+        scripted(tmp_path, Scripted({"student": square}))
+    with pytest.raises(UserError, match=r"other values of seed \(was 0, now 1\), train_batch_size \(was 4, now 8\)"):
+        scripted(tmp_path, Scripted({"student": square}), resume=True, seed=1, train_batch_size=8)
+    longer = scripted(tmp_path, Scripted({"student": square}), resume=True, max_train_steps=8, logging_steps=2)
+    longer.run()
+    assert [line["iteration"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 8]
+    assert TrainConfig.model_fields.keys() >= MAY_CHANGE
+
+
+def test_a_folder_where_nothing_was_trained_holds_no_run(tmp_path: Path):
+    """The first attempt ended before its first iteration: a mistake is corrected without a new name."""
+    scripted(tmp_path, Scripted({"student": square}), seed=1)
+    assert (tmp_path / "run/config.yaml").is_file()
+    scripted(tmp_path, Scripted({"student": square}), seed=2).run()
+
+
+def test_a_tracker_is_known_and_installed(monkeypatch: pytest.MonkeyPatch):
+    """Accelerate leaves one out without a word whose package is missing."""
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    check_tracker(None)
+    check_tracker("tensorboard")
+    with pytest.raises(UserError, match="report_to wandb: its package is not installed; try: pip install wandb"):
+        check_tracker("wandb")
+    with pytest.raises(UserError, match=r"report_to tensorbord: no tracker of accelerate; known: .*tensorboard"):
+        check_tracker("tensorbord")

@@ -1,0 +1,133 @@
+"""`train` on a tiny Stable Diffusion pipeline: from a folder of images to an artifact."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate.tracking
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fewstep.distill import run
+from fewstep.distill.config import ConfigError
+from fewstep.distill.run import train
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import denoiser_of
+from tests.distill.runs import config, metrics, write_images
+from tests.pipelines import tiny_stable_diffusion
+
+SMALL = {"max_train_steps": 2, "train_batch_size": 2, "checkpointing_steps": 1, "steps": [1, 2], "method": "lcm"}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., Any]:
+    """A config on a folder of pictures, with changes."""
+    images = write_images(tmp_path / "images", 5)
+    return lambda **changes: config(tmp_path, train_data=str(images), **(SMALL | changes))
+
+
+def teacher() -> Denoiser:
+    return denoiser_of(tiny_stable_diffusion())
+
+
+def last(folder: Path) -> dict[str, str]:
+    """Hash of each file of a run's last checkpoint."""
+    return json.loads((folder / "checkpoints/step-000002/manifest.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_previews_change_nothing(settings: Callable[..., Any], kind: str):
+    """A row of the teacher and one for each step count, the same noise; training goes on as if none had been made."""
+    shown = {"validation_steps": 1, "validation_prompts": ["a cat", "a dog", "a"], "validation_guidance_scale": 3.0}
+    plain, previewed = ({"student": kind, "ema_decay": 0.9, "name": name} for name in ("plain", "previewed"))
+    without, folder = (train(settings(**c), teacher=teacher()) for c in (plain, previewed | shown))
+    assert last(folder) == last(without)
+    assert metrics(folder) == metrics(without)
+    assert not (without / "samples").exists()
+    pictures = {p.name: np.array(Image.open(p)) for p in (folder / "samples").iterdir()}
+    assert sorted(pictures) == ["step-000001.png", "step-000002.png"]
+    first, second = (pictures[name] for name in sorted(pictures))
+    assert first.shape == (3 * 16 + 4 * 2, 3 * 16 + 4 * 2, 3)  # with two pixels between and around
+    assert (first[:18] == second[:18]).all()  # the teacher's
+    assert (first[20:] != second[20:]).any()
+
+
+def test_averages_of_a_lora_are_of_the_lora_alone(settings: Callable[..., Any]):
+    """What is exported is the moving average; a hundredth of the network's numbers are kept, not all."""
+    folder = train(settings(student="lora", rank=2, ema_decay=0.9), teacher=teacher())
+    average, student = (load_file(folder / f"checkpoints/step-000002/{n}.safetensors") for n in ("average", "student"))
+    assert average.keys() == student.keys()
+    assert all(".lora_A." in key or ".lora_B." in key for key in average)
+    exported = load_file(folder / "student/pytorch_lora_weights.safetensors")
+    assert len(exported) == len(average)
+    values = {k.removeprefix("unet."): v for k, v in exported.items()}
+    assert all(values[k.removeprefix("unet.")].equal(v) for k, v in average.items())
+    assert any(not average[k].equal(student[k]) for k in average)
+
+
+def test_text_and_images_are_encoded_once(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    """Once each for all runs; while training, text encoder and autoencoder are not asked."""
+    train(settings(name="first"), teacher=teacher())
+    other = teacher()
+    for name in ("encode", "to_latents"):
+        monkeypatch.setattr(other, name, None)
+    folder = train(settings(name="second"), teacher=other)
+    assert last(folder) == last(folder.with_name("first"))
+
+
+def test_precision_may_change_from_run_to_run(settings: Callable[..., Any]):
+    """In one process, as in a notebook."""
+    folders = [
+        train(settings(name=name, mixed_precision=name, student="full"), teacher=teacher()) for name in ("no", "bf16")
+    ]
+    losses = [metrics(folder)[-1]["student/loss"] for folder in folders]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert all(
+        v.dtype == torch.float32 for v in load_file(folders[1] / "checkpoints/step-000002/student.safetensors").values()
+    )
+
+
+def test_what_is_missing_is_refused_before_weights_load(
+    settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Images for a method that learns from them, prompts for one that needs them, and prompts in the file."""
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(run, "load", loaded)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    nothing = {"train_data": None, "prompts": None}
+    for changes, message in [
+        (nothing, "train_data: missing; method lcm learns from images with captions"),
+        (nothing | {"method": "dmd2"}, "prompts: missing; method dmd2 needs prompts"),
+        (nothing | {"method": "dmd2", "prompts": str(tmp_path / "empty.txt")}, "the file holds no prompt"),
+        (nothing | {"method": "dmd2", "prompts": str(tmp_path / "none.txt")}, "cannot be read as text"),
+        ({"teacher": str(tmp_path / "none")}, "no such folder"),
+        ({"report_to": "tensorbord"}, "report_to tensorbord: no tracker of accelerate; known: .*tensorboard, .*wandb"),
+        ({"report_to": "tensorboard"}, "report_to tensorboard: its package is not installed"),
+    ]:
+        with pytest.raises((ConfigError, UserError), match=message):
+            train(config(tmp_path, **(SMALL | {"train_data": str(tmp_path / "images")} | changes)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_image_is_one_line(settings: Callable[..., Any], tmp_path: Path):
+    """Named; corrected, the same command runs."""
+    broken = settings()
+    good = (tmp_path / "images/3.png").read_bytes()
+    os.truncate(tmp_path / "images/3.png", len(good) // 2)
+    with pytest.raises(UserError, match=r"images/3.png: cannot be read as an image"):
+        train(broken, teacher=teacher())
+    (tmp_path / "images/3.png").write_bytes(good)
+    assert len(metrics(train(broken, teacher=teacher()))) == 2
