@@ -44,7 +44,7 @@ class StableDiffusion(Denoiser):
         return self.network.config.time_cond_proj_dim is not None
 
     def with_guidance_input(self) -> Denoiser:
-        unet = bare(self.network)
+        unet: Any = bare(self.network)
         new = type(unet).from_config({**unet.config, "time_cond_proj_dim": GUIDANCE_DIMENSIONS})
         missing, _ = new.load_state_dict(unet.state_dict(), strict=False)
         assert missing == ["time_embedding.cond_proj.weight"]

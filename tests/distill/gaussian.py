@@ -151,7 +151,8 @@ def calls(method: Distiller) -> Iterator[list[Call]]:
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         # of LoRA roles the active adapter says which one it is
-        role = (module._fewstep_active or "teacher") if hasattr(module, "peft_config") else owners[id(module)]
+        active = getattr(module, "_fewstep_active", None)
+        role = (active or "teacher") if hasattr(module, "peft_config") else owners[id(module)]
         output = output[0] if isinstance(output, tuple) else output
         x_t, time = (*args, *kwargs.values())[:2]
         seen.append(Call(role, len(output), output.requires_grad, x_t.detach(), time.detach()))
