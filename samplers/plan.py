@@ -63,7 +63,10 @@ class SamplingPlan(BaseModel, extra="forbid", frozen=True):
 def plan_of_levels(levels: Sequence[float], end: float = 0.0, guidance_scale: float = 1.0, **rest: Any) -> SamplingPlan:
     """A plan through decreasing input levels to `end`; the rest are fields of SamplingPlan."""
     ends = [*levels[1:], end]
-    steps = [Step(level=a, to=b, told=None, guidance_scale=guidance_scale, network=0) for a, b in zip(levels, ends, strict=True)]
+    steps = [
+        Step(level=a, to=b, told=None, guidance_scale=guidance_scale, network=0)
+        for a, b in zip(levels, ends, strict=True)
+    ]
     return SamplingPlan(steps=tuple(steps), **rest)
 
 

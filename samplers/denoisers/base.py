@@ -44,7 +44,9 @@ class Denoiser(ABC):
         latent_shape: tuple[int, ...] | None = None,
     ):
         self.pipeline = pipeline
-        self.networks: dict[str, Any] = networks or {n: m for n in self.network_names if (m := getattr(pipeline, n, None)) is not None}
+        self.networks: dict[str, Any] = networks or {
+            n: m for n in self.network_names if (m := getattr(pipeline, n, None)) is not None
+        }
         self.noise = self.noise_process(latent_shape)
 
     @property
