@@ -140,6 +140,24 @@ def test_the_step_is_drawn_once_for_all_samples_and_processes(tmp_path: Path):
     assert set(found) == {(1000,), (1000, 667), (1000, 667, 333)}
 
 
+def test_no_noise_is_used_twice(tmp_path: Path):
+    """Start, each renoising, and level and noise of each role: what is drawn in an iteration has a stream of its own."""
+
+    class Noted(Rngs):
+        def _rows(self, stream: str) -> list[torch.Generator]:
+            streams.append(stream)
+            return super()._rows(stream)
+
+    made = dmd2(tmp_path, Teacher(PROCESSES["flow"], MEAN, STD, side=1), steps=[4])
+    counts = set()
+    for i in range(12):
+        streams: list[str] = []
+        made.draw(prompts_of(made.student.denoiser, [SHIFT]), Noted(0, i, [0]), i, ["student", "fake_score"])
+        assert len(set(streams)) == len(streams)
+        counts.add(len(streams))
+    assert counts == {1 + 4, 2 + 4, 3 + 4, 4 + 4}
+
+
 # whose turn it is, and what it reaches
 
 

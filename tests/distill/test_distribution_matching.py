@@ -135,8 +135,8 @@ def is_the_guided_teacher(mean: Tensor, std: Tensor) -> None:
     """Within 8% of a deviation.
 
     Each of the 200 iterations sees 512 draws a channel, and the cosine's last quarter averages 50 of them: a standard
-    error of 1% of S for the fake score, doubled by the student's own walk. Over five seeds of all processes the largest
-    errors were 5% (means) and 6% (deviations). Guidance of 1 or 3 would move the means by 30% and 80% of a deviation.
+    error of 1% of S for the fake score, and the student walks beside it. Over four seeds of all processes the largest
+    errors were 4% (means) and 6% (deviations). Guidance of 1 or 3 would move the means by 80% and 31% of S.
     """
     wanted = torch.tensor(MEAN) + GUIDED
     assert ((mean - wanted).abs() / torch.tensor(STD)).max() < 0.08
@@ -145,7 +145,7 @@ def is_the_guided_teacher(mean: Tensor, std: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["vp", "vp_v_zero_snr", "flow_shifted", "edm"])
 def test_a_trained_one_step_student_has_the_guided_teachers_law(name: str, tmp_path: Path):
-    """In two dimensions, from the teacher's own posterior mean of noise, whose deviation is next to nothing."""
+    """In two dimensions, from the teacher's own posterior mean of noise, whose deviation is far too small."""
     # an error of epsilon at t = 1 is multiplied by 14.6, one of EDM's scale by 5
     rate = {"vp": 0.002, "edm": 0.004}.get(name, 0.02)
     teacher, made = training(tmp_path, name, steps=[1], learning_rate=rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import pytest
 from safetensors import safe_open
 
 from fewstep.distill import load_config, train
-from fewstep.distill.config import CONFIGS, LCMConfig, TrainConfig
+from fewstep.distill.config import CONFIGS, METHODS, LCMConfig, TrainConfig
 from fewstep.samplers.manifest import read_manifest
 from tests.distill.runs import metrics, write_images
 from tests.pipelines import tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
@@ -104,6 +105,17 @@ def test_every_method_and_class_has_a_recipe():
     assert {(r.method, r.student) for r in RECIPES.values()} >= {
         (m, s) for m in ("lcm", "dmd2") for s in ("lora", "full")
     }
+
+
+def test_every_method_has_a_page_that_names_its_keys(root: Path):
+    """And an example; pages name no key that there is not."""
+    for name, model in METHODS.items():
+        page = (root / "docs/methods" / f"{name}.md").read_text()
+        table = page[page.index("## Keys") : page.index("## Cost")]
+        named = set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line)))
+        own = model.model_fields.keys() - TrainConfig.model_fields.keys()
+        assert own <= named <= model.model_fields.keys()
+        assert (root / "examples" / f"{name}.py").is_file()
 
 
 # examples
