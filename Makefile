@@ -20,7 +20,7 @@ demo: .venv/installed
 	$(BIN)/fewstep train quickstart --resume
 
 test: .venv/installed-test
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 
 lint: .venv/installed-dev links
 	$(BIN)/ruff check .

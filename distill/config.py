@@ -198,7 +198,7 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
             raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{where}: must be a mapping of keys to values")
-        values.setdefault("name", path.stem)
+        values.setdefault("name", _run_name(path))
     for item in overrides:
         key, equals, value = item.partition("=")
         if not equals or not key:
@@ -208,6 +208,12 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
         except yaml.YAMLError as error:
             raise ConfigError(f"{item}: the value is not YAML") from error
     return validate(values, where)
+
+
+def _run_name(path: Path) -> str:
+    """The file's name; of a recipe in a folder of `configs` both, so that lcm/sd15 and dmd2/sd15 do not meet."""
+    inside = path.resolve().is_relative_to(CONFIGS.resolve())
+    return "-".join(path.resolve().relative_to(CONFIGS.resolve()).with_suffix("").parts) if inside else path.stem
 
 
 def validate(values: Mapping[str, Any], where: str = "config") -> TrainConfig:

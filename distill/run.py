@@ -96,6 +96,10 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     if teacher is None:
         teacher = load(config.teacher, config.revision, config.variant)
     shape = pixels_shape(config, teacher)
+    if len(shape) == 4 and "images" in distiller(config.method).needs:
+        raise ConfigError(
+            f"config: method {config.method}: needs clips for this teacher, and train_data has images only"
+        )
     teacher = teacher.at(shape)
     teacher.to(accelerator.device)
     if data is None:
