@@ -6,6 +6,7 @@ transformers loads the file's own dtype.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -19,6 +20,9 @@ def main(run: str, folder: str | Path = EMBEDDED / "emoji") -> None:
     pipeline.unet.half()
     pipeline.vae.half()
     pipeline.save_pretrained(folder, safe_serialization=True)
+    for config in (Path(folder) / "model_index.json", *Path(folder).glob("*/config.json")):
+        kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}  # of this machine
+        config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 if __name__ == "__main__":
