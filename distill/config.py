@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
@@ -242,8 +242,3 @@ def _line(where: str, model: type[TrainConfig], error: Mapping[str, Any]) -> str
     message = error["msg"].removeprefix("Value error, ")
     got = "" if isinstance(error.get("input"), dict) else f"; got {error.get('input')!r}"
     return f"{where}: {key + ': ' if key else ''}{message}{got}"
-
-
-def choices(model: type[BaseModel], key: str) -> tuple[Any, ...]:
-    """Allowed values of a Literal field."""
-    return get_args(model.model_fields[key].annotation)

@@ -259,8 +259,10 @@ def conditions(config: TrainConfig, denoiser: Denoiser, captions: Sequence[str])
         stored = {f"tensors.{k}": v for k, v in whole.tensors.items()}
         stored |= {f"negative.{k}": v[:1] for k, v in parts[0].negative.items()}
         stored = _write(path, stored)
-    pick = lambda head: {k.removeprefix(head): v for k, v in stored.items() if k.startswith(head)}  # noqa: E731
-    return Condition(pick("tensors."), len(captions), pick("negative."))
+    tensors, negative = (
+        {k.removeprefix(head): v for k, v in stored.items() if k.startswith(head)} for head in ("tensors.", "negative.")
+    )
+    return Condition(tensors, len(captions), negative)
 
 
 def latents(config: TrainConfig, denoiser: Denoiser, data: DataSet) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,28 +11,16 @@ from torch import Tensor
 
 from fewstep.distill.batches import Batches
 from fewstep.distill.data import Prompts
-from fewstep.distill.distiller import Batch
-from fewstep.distill.methods.distribution_matching import DistributionMatching
 from fewstep.distill.networks import require_grad
 from fewstep.distill.random import Rngs
-from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.plan import generators, sample
 from fewstep.samplers.rules import randn
-from tests.distill.gaussian import PROCESSES, Teacher, calls, lora, method
+from tests.distill.gaussian import PROCESSES, Teacher, calls, lora
+from tests.distill.test_distribution_matching import dmd2, prompts_of
 from tests.pipelines import PROMPTS, tiny_ddpm, tiny_stable_diffusion
 
 MEAN, STD = [0.7, -0.4], [0.5, 1.3]
 SHIFT, SCALE = "0.4", 2.0
-
-
-def dmd2(folder: Path, teacher: Teacher, **changes: Any) -> DistributionMatching:
-    made = method(folder, teacher, **({"method": "dmd2", "guidance_scale": SCALE, "steps": [1]} | changes))
-    assert isinstance(made, DistributionMatching)
-    return made
-
-
-def prompts_of(teacher: Denoiser, prompts: Sequence[str]) -> Batch:
-    return Batch(list(prompts), teacher.latent_shape(), teacher.encode(prompts))
 
 
 # the rollout
