@@ -203,6 +203,12 @@ def check(config: TrainConfig, step_counts: Sequence[int], teacher: Denoiser) ->
     scheduler_of(teacher.pipeline.scheduler, config.report_scheduler or "own")
 
 
+def size(folder: Path) -> int | None:
+    """Samples of each row of a run's report; None where there is none."""
+    path = folder / "report.json"
+    return json.loads(path.read_text(encoding="utf-8"))["n"] if path.is_file() else None
+
+
 def report_run(folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Make a run's report from what it left behind: its config, its teacher and its `student/`."""
     config = validate(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))

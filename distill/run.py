@@ -72,7 +72,7 @@ def train(
         config = load_config(config)
     record, trained = _fit(config, resume, teacher, data)
     # from what lies in the folder, once training's networks are out of memory
-    due = trained or not (config.run_dir / "report.json").is_file()
+    due = trained or report.size(config.run_dir) != config.report_num
     if config.report_num is not None and due and record.accelerator.is_main_process:
         report.report_run(config.run_dir, record.say)
     return config.run_dir

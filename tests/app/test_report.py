@@ -106,3 +106,13 @@ def test_the_table_holds_every_figure(report: dict, trained: Path):
     for line, row in zip(lines, report["rows"], strict=True):
         figures = [part.strip() for part in line.split("|")[4:-1]]
         assert figures == [cell(f["value"], f["stderr"]) for f in row["metrics"].values()]
+
+
+def test_a_finished_run_is_reported_anew_at_another_size(config: Path, trained: Path, tmp_path: Path, fewstep):
+    shutil.copytree(trained, tmp_path / "tiny")
+    before = (tmp_path / "tiny" / "report.json").stat().st_mtime_ns
+    for n, anew in ((8, False), (4, True)):
+        answer = fewstep("train", config, f"output_dir={tmp_path}", f"report_num={n}", "--resume")
+        assert answer.code == 0, answer.err
+        assert json.loads((tmp_path / "tiny" / "report.json").read_text())["n"] == n
+        assert ((tmp_path / "tiny" / "report.json").stat().st_mtime_ns > before) == anew
