@@ -15,6 +15,8 @@ from safetensors import safe_open
 
 from fewstep.distill import load_config, train
 from fewstep.distill.config import CONFIGS, METHODS, LCMConfig, TrainConfig
+from fewstep.distill.teachers import embed, untrained
+from fewstep.samplers.load import EMBEDDED
 from fewstep.samplers.manifest import read_manifest
 from tests.distill.runs import metrics, write_images
 from tests.pipelines import tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
@@ -30,7 +32,7 @@ NETWORKS = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 2}
 RECIPES = {
     str(path.relative_to(CONFIGS).with_suffix("")): config
     for path in sorted(CONFIGS.rglob("*.yaml"))
-    if not (config := load_config(path)).teacher.startswith("embedded:")
+    if path.parent.name != "teachers" and not (config := load_config(path)).teacher.startswith("embedded:")
 }
 EXAMPLES = ("lcm", "dmd2", "pretrain")
 
@@ -97,6 +99,24 @@ def test_a_recipe_trains_what_it_says(name: str, tiny: Callable[[str], Path], in
         with safe_open(path, "pt") as file:
             ranks = {file.get_slice(k).get_shape()[0] for k in file.keys() if k.endswith("lora_A.weight")}  # noqa: SIM118
         assert ranks == {recipe.rank}
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+def test_the_scripts_of_the_embedded_teacher_lead_to_one(prediction_type: str, inputs: list[str], tmp_path: Path):
+    """From an untrained pipeline of the shipped autoencoder to a folder that plain diffusers runs."""
+    from diffusers import DiffusionPipeline
+
+    untrained.main(str(EMBEDDED / "emoji/vae"), str(tmp_path / "untrained"), prediction_type)
+    name = "teachers/emoji" if prediction_type == "v_prediction" else "teachers/emoji-epsilon"
+    own = [f"teacher={tmp_path / 'untrained'}", f"output_dir={tmp_path}", "num_samples=4", "train_data=embedded:emoji"]
+    run = train(load_config(name, [*(i for i in inputs if not i.startswith(("prompts=", "train_data="))), *own]))
+    embed.main(str(run), tmp_path / "shipped")
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "shipped")
+    assert pipe.scheduler.config.prediction_type == prediction_type
+    assert pipe.scheduler.alphas_cumprod[-1].item() == pytest.approx(0, abs=1e-6) or prediction_type == "epsilon"
+    image = pipe("a fruit", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (64, 64, 3)
+    assert image.std() > 0
 
 
 def test_every_method_and_class_has_a_recipe():
