@@ -69,7 +69,9 @@ def _block(network: nn.Module, name: str) -> nn.Module:
         return network.get_submodule(name)
     except AttributeError:
         parts = ", ".join(_outline(network))
-        raise UserError(f"{type(network).__name__} has no block {name!r}; it has {parts}, and what is in them") from None
+        raise UserError(
+            f"{type(network).__name__} has no block {name!r}; it has {parts}, and what is in them"
+        ) from None
 
 
 def _outline(network: nn.Module) -> Iterator[str]:
