@@ -161,15 +161,17 @@ class Denoiser(ABC):
         return output, features
 
     def jvp(self, x_t: Tensor, t: Tensor, condition: Condition, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-        """`predict` and its derivative along (dx, dt), shapes of (x_t, t), in float32 by forward-mode differentiation.
+        """`predict` and its derivative along (dx, dt), float32, by forward-mode differentiation.
 
-        Along dx = velocity, dt = 1 that is the total derivative along the ODE (sCM, mean velocities). The derivative
-        of x0 follows: `torch.func.jvp(denoiser.noise.x0, (output, x_t, t), (d_output, dx, dt))`. Both have a graph to
-        the weights unless under `no_grad`. UserError where a network has no such derivative, see `forward_mode`.
+        dx has the shape of x_t, dt that of t or (). Along dx = velocity, dt = 1 that is the total derivative along the
+        ODE (sCM, mean velocities). The derivative of x0 follows:
+        `torch.func.jvp(denoiser.noise.x0, (output, x_t, t), (d_output, dx, dt))`. Both results have a graph to the
+        weights unless under `no_grad`. UserError where a network has no such derivative, see `forward_mode`.
         """
-        t, dt = self._rows(t, x_t), self._rows(dt, x_t)
+        t = self._rows(t, x_t)
+        tangents = dx.to(x_t), dt.to(t).expand_as(t)
         with forward_mode([bare(network) for network in self.networks.values()]):
-            return torch.func.jvp(lambda x, s: self.predict(x, s, condition), (x_t, t), (dx.to(x_t), dt.to(t)))
+            return torch.func.jvp(lambda x, s: self.predict(x, s, condition), (x_t, t), tangents)[:2]
 
     def _each_network(
         self,
