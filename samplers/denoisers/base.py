@@ -10,8 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fewstep.samplers.adapters import bare
 from fewstep.samplers.condition import Condition, concatenate
 from fewstep.samplers.errors import UserError
+from fewstep.samplers.features import captured, quarters
+from fewstep.samplers.forward_mode import forward_mode
 from fewstep.samplers.noise import NoiseProcess, from_scheduler
 
 
@@ -102,6 +105,19 @@ class Denoiser(ABC):
     def to_images(self, latents: Tensor) -> Tensor:
         """Latents to images or clips, 0..1 but unclamped, differentiable."""
 
+    @property
+    def feature_blocks(self) -> tuple[str, ...]:
+        """Names, in the network, of the blocks whose features are read by default."""
+        return quarters(self.network.transformer_blocks, "transformer_blocks")
+
+    def feature(self, output: Any) -> Tensor:
+        """The activations of the sample (not of its text) in what a block returns, (B, ...)."""
+        return output if isinstance(output, Tensor) else output[0]
+
+    def route(self, time: Tensor) -> dict[str, Tensor]:
+        """Rows of the batch by the name of the network that takes them at model time (B,) or (B, frames)."""
+        return {next(iter(self.networks)): torch.arange(len(time), device=time.device)}
+
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
         """The network's raw prediction at x_t, float32.
 
@@ -111,8 +127,68 @@ class Denoiser(ABC):
             condition: B rows.
             told: another time to tell the network than `t`, same shapes.
         """
+        return self._each_network(lambda *rows: [self.call(*rows)], x_t, t, condition, told)[0]
+
+    def features(
+        self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[str] = (), told: Tensor | None = None
+    ) -> list[Tensor]:
+        """Activations of `blocks` at x_t in the order asked, float32, with their graph; what follows is not computed.
+
+        (B, C, height, width) of a UNet's blocks, (B, tokens, C) of a transformer's. Names are those of the network's
+        `named_modules()`, such as `mid_block`; default: `feature_blocks`; UserError for one that it does not have.
+        """
+        blocks = blocks or self.feature_blocks
+
+        def run(network: Any, *rows: Any) -> list[Tensor]:
+            with captured(bare(network), blocks, stop=True) as outputs:
+                self.call(network, *rows)
+            return [self.feature(outputs[name]) for name in blocks]
+
+        return self._each_network(run, x_t, t, condition, told)
+
+    def predict_with_features(
+        self, x_t: Tensor, t: Tensor, condition: Condition, blocks: Sequence[str] = (), told: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What `predict` and `features` give, from one call of the network."""
+        blocks = blocks or self.feature_blocks
+
+        def run(network: Any, *rows: Any) -> list[Tensor]:
+            with captured(bare(network), blocks) as outputs:
+                output = self.call(network, *rows)
+            return [output, *(self.feature(outputs[name]) for name in blocks)]
+
+        output, *features = self._each_network(run, x_t, t, condition, told)
+        return output, features
+
+    def jvp(self, x_t: Tensor, t: Tensor, condition: Condition, dx: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """`predict` and its derivative along (dx, dt), float32, by forward-mode differentiation.
+
+        dx has the shape of x_t, dt that of t or (). Along dx = velocity, dt = 1 that is the total derivative along the
+        ODE (sCM, mean velocities). The derivative of x0 follows:
+        `torch.func.jvp(denoiser.noise.x0, (output, x_t, t), (d_output, dx, dt))`. Both results have a graph to the
+        weights unless under `no_grad`. UserError where a network has no such derivative, see `forward_mode`.
+        """
+        t = self._rows(t, x_t)
+        tangents = dx.to(x_t), dt.to(t).expand_as(t)
+        with forward_mode([bare(network) for network in self.networks.values()]):
+            return torch.func.jvp(lambda x, s: self.predict(x, s, condition), (x_t, t), tangents)[:2]
+
+    def _each_network(
+        self,
+        run: Callable[[Any, Tensor, Tensor, Condition], list[Tensor]],
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        told: Tensor | None,
+    ) -> list[Tensor]:
+        """`run(network, x_t, model time, condition)` on each network's rows; the results in the order of all rows."""
         time = self.noise.model_time(self._rows(t if told is None else told, x_t))
-        return self.call(self.network, x_t, time, condition).float()
+        sides = self.route(time)
+        if len(sides) == 1:
+            return [part.float() for part in run(self.networks[next(iter(sides))], x_t, time, condition)]
+        parts = [run(self.networks[name], x_t[i], time[i], condition[i]) for name, i in sides.items()]
+        order = torch.cat(list(sides.values())).argsort()
+        return [torch.cat(side).float()[order] for side in zip(*parts, strict=True)]
 
     @staticmethod
     def _rows(t: Tensor, x: Tensor) -> Tensor:

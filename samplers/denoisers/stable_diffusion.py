@@ -40,6 +40,10 @@ class StableDiffusion(Denoiser):
     lora_targets = UNET_LORA_TARGETS
 
     @property
+    def feature_blocks(self) -> tuple[str, ...]:
+        return ("mid_block",)
+
+    @property
     def takes_guidance(self) -> bool:
         return self.network.config.time_cond_proj_dim is not None
 

@@ -26,6 +26,9 @@ class StableDiffusion3(Denoiser):
         patch = self.network.config.patch_size
         return from_scheduler(self.pipeline.scheduler, (height // patch) * (width // patch))
 
+    def feature(self, output: Any) -> Tensor:
+        return output if isinstance(output, Tensor) else output[-1]  # a block's text comes first
+
     def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
         negatives = [negative] if isinstance(negative, str) else list(negative)
         return Condition(self._embed(list(prompts)), len(prompts), self._embed(negatives))

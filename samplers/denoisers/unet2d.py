@@ -26,6 +26,10 @@ class UNet2D(Denoiser):
         if pipeline.unet.config.class_embed_type or pipeline.unet.config.num_class_embeds:
             raise UserError("DDPMPipeline: its UNet2DModel is class-conditional, which is not supported")
 
+    @property
+    def feature_blocks(self) -> tuple[str, ...]:
+        return ("mid_block",)
+
     def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
         """As many rows as prompts, whatever they say."""
         return Condition({}, len(prompts))

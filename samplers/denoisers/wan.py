@@ -11,6 +11,7 @@ from torch import Tensor
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser, pipeline_size
 from fewstep.samplers.errors import UserError
+from fewstep.samplers.features import quarters
 
 HEIGHT, WIDTH, FRAMES = 480, 832, 81  # defaults of WanPipeline's own call
 TOKENS = 512  # as there: its `encode_prompt` alone would cut at 226
@@ -38,28 +39,27 @@ class Wan(Denoiser):
         )
         return hidden.float()
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
-        """As in Denoiser; rows on both sides of the boundary are split and joined. Of frames the noisiest decides."""
-        time = self.noise.model_time(self._rows(t if told is None else told, x_t))
-        ratio = self.pipeline.config.boundary_ratio
-        if ratio is None:
-            return self.call(self._expert("transformer"), x_t, time, condition).float()
-        # float32, as the pipeline compares: a level on the boundary itself is the first transformer's
-        noisiest = (time if time.ndim == 1 else time.amax(dim=1)).float()
-        high = noisiest >= ratio * self.pipeline.scheduler.config.num_train_timesteps
-        if high.all() or not high.any():
-            name = "transformer" if high.all() else "transformer_2"
-            return self.call(self._expert(name), x_t, time, condition).float()
-        sides = {"transformer": high.nonzero()[:, 0], "transformer_2": (~high).nonzero()[:, 0]}
-        parts = [self.call(self._expert(n), x_t[i], time[i], condition[i]).float() for n, i in sides.items()]
-        order = torch.cat(list(sides.values())).argsort()
-        return torch.cat(parts)[order]
+    @property
+    def feature_blocks(self) -> tuple[str, ...]:
+        return quarters(self.network.blocks, "blocks")
 
-    def _expert(self, name: str) -> Callable[..., Any]:
-        if name not in self.networks:
-            side = "below" if name == "transformer_2" else "at or above"
-            raise UserError(f"WanPipeline: has no {name}, which takes levels {side} boundary_ratio; load one that has")
-        return self.networks[name]
+    def route(self, time: Tensor) -> dict[str, Tensor]:
+        """Rows on each side of the boundary. Of frames the noisiest decides."""
+        ratio = self.pipeline.config.boundary_ratio
+        high = torch.ones(len(time), dtype=torch.bool, device=time.device)
+        if ratio is not None:
+            # float32, as the pipeline compares: a level on the boundary itself is the first transformer's
+            noisiest = (time if time.ndim == 1 else time.amax(dim=1)).float()
+            high = noisiest >= ratio * self.pipeline.scheduler.config.num_train_timesteps
+        sides = {"transformer": high.nonzero()[:, 0], "transformer_2": (~high).nonzero()[:, 0]}
+        sides = {name: rows for name, rows in sides.items() if len(rows)}
+        for name in sides:
+            if name not in self.networks:
+                side = "below" if name == "transformer_2" else "at or above"
+                raise UserError(
+                    f"WanPipeline: has no {name}, which takes levels {side} boundary_ratio; load one that has"
+                )
+        return sides
 
     def call(self, network: Callable[..., Any], x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
         dtype = self.network.dtype
