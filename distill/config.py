@@ -99,6 +99,9 @@ class PretrainConfig(TrainConfig, frozen=True):
     train_text_encoder: bool = False
     prompt_dropout: float = Field(0.1, ge=0, lt=1)
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting (arXiv:2303.09556); none: weight 1")
+    weighting_scheme: Literal["none", "logit_normal"] = Field("none", description="of the levels; none: uniform")
+    logit_mean: float = Field(0.0, description="of the logit of the level (arXiv:2403.03206, eq. 19)")
+    logit_std: float = Field(1.0, gt=0)
     step_counts: list[PositiveInt] = Field([50], min_length=1)
 
 

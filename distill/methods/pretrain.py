@@ -29,7 +29,7 @@ class Draws:
 
 
 class Pretrain(Distiller):
-    """Mean w(t) |o - o*|^2, o* the process's own target for (x0, eps), t uniform (flows: before the shift)."""
+    """Mean w(t) |o - o*|^2, o* the process's own target for (x0, eps), t uniform or logit-normal (flows: before the shift)."""
 
     needs = frozenset({"images"})
 
@@ -61,8 +61,13 @@ class Pretrain(Distiller):
             condition = self.student.denoiser.encode(prompts, self.config.negative_prompt)
         else:
             condition = dropped(batch.condition, torch.tensor(keep, device=batch.x0.device))
-        t = self.noise.shift(1 - rng.uniform("level"))  # in (0, 1]
-        return Draws(t, rng.normal("noise", batch.x0.shape[1:]), condition)
+        return Draws(self.noise.shift(self.level(rng)), rng.normal("noise", batch.x0.shape[1:]), condition)
+
+    def level(self, rng: Rngs) -> Tensor:
+        """Levels before a flow's shift, (B,) in (0, 1]: uniform, or with a normal logit (arXiv:2403.03206, eq. 19)."""
+        if self.config.weighting_scheme == "none":
+            return 1 - rng.uniform("level")
+        return (self.config.logit_mean + self.config.logit_std * rng.normal("level", ())).sigmoid()
 
     def loss(self, role: str, batch: Batch, draws: Draws, iteration: int) -> Iterator[Losses]:
         assert batch.x0 is not None

@@ -17,8 +17,13 @@ from PIL import Image
 
 SHEET = Path(__file__).parent / "assets" / "drawings.png"
 SIDE = 64
-SIZES = (46, 50, 54)
-SHIFT = 4
+SIZES = (50,)
+SHIFTS = (-4, 4)
+"""Side of a drawing and its place off centre, along each axis, in pixels.
+
+Few, and apart by a whole step of the UNet's coarser level: a network this small must learn each place anew, and with three
+sizes and every shift between these it stayed blurred however long it was trained.
+"""
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
@@ -34,52 +39,14 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
-    "a furry animal": (
-        "dog face",
-        "cat face",
-        "fox face",
-        "lion face",
-        "panda face",
-        "koala",
-        "monkey face",
-        "rabbit face",
-    ),
-    "a bird": ("chicken", "penguin", "bird", "owl", "duck", "flamingo", "peacock", "parrot"),
-    "a sea animal": ("octopus", "crab", "tropical fish", "spouting whale", "dolphin", "squid", "lobster", "blowfish"),
-    "a flower": ("sunflower", "rose", "tulip", "cherry blossom", "hibiscus", "hyacinth", "bouquet", "lotus"),
-    "a fruit": ("grapes", "watermelon", "tangerine", "lemon", "banana", "pineapple", "red apple", "strawberry"),
-    "a vegetable": ("aubergine", "carrot", "broccoli", "onion", "avocado", "ear of maize", "cucumber", "bell pepper"),
-    "a snack": (
-        "hamburger",
-        "french fries",
-        "slice of pizza",
-        "hot dog",
-        "taco",
-        "rice ball",
-        "pretzel",
-        "cheese wedge",
-    ),
-    "a sweet": ("soft ice cream", "doughnut", "cookie", "birthday cake", "shortcake", "cupcake", "lollipop", "custard"),
-    "a drink": (
-        "teapot",
-        "hot beverage",
-        "cocktail glass",
-        "bubble tea",
-        "wine glass",
-        "beer mug",
-        "tropical drink",
-        "glass of milk",
-    ),
-    "a vehicle": (
-        "rocket",
-        "automobile",
-        "fire engine",
-        "bicycle",
-        "airplane",
-        "sailboat",
-        "helicopter",
-        "steam locomotive",
-    ),
+    "a furry animal": ("dog face", "cat face", "fox face", "koala", "monkey face"),
+    "a bird": ("chicken", "penguin", "owl", "duck", "flamingo"),
+    "a sea animal": ("octopus", "tropical fish", "spouting whale", "dolphin", "blowfish"),
+    "a fruit": ("lemon", "banana", "pineapple", "red apple", "strawberry"),
+    "a vegetable": ("aubergine", "carrot", "broccoli", "avocado", "bell pepper"),
+    "a sweet": ("soft ice cream", "cookie", "cupcake", "pie", "custard"),
+    "a drink": ("teapot", "hot beverage", "wine glass", "beer mug", "glass of milk"),
+    "a vehicle": ("rocket", "automobile", "fire engine", "airplane", "sailboat"),
 }
 
 NAMES: tuple[str, ...] = tuple(name for names in CATEGORIES.values() for name in names)
@@ -99,7 +66,7 @@ class Composition(NamedTuple):
 def _held_out() -> frozenset[tuple[int, int]]:
     rng = random.Random(7)
     pairs = [(d, c) for d in range(len(NAMES)) for c in range(len(COLORS))]
-    return frozenset(rng.sample(pairs, 48))
+    return frozenset(rng.sample(pairs, 24))
 
 
 HELD_OUT: frozenset[tuple[int, int]] = _held_out()
@@ -145,7 +112,7 @@ def render(c: Composition) -> np.ndarray:
 
 def jittered(drawing: int, color: int, rng: random.Random) -> Composition:
     """The pair at a random size and place."""
-    return Composition(drawing, color, rng.choice(SIZES), rng.randint(-SHIFT, SHIFT), rng.randint(-SHIFT, SHIFT))
+    return Composition(drawing, color, rng.choice(SIZES), rng.choice(SHIFTS), rng.choice(SHIFTS))
 
 
 def compositions(n: int, seed: int, pairs: list[tuple[int, int]] | None = None) -> list[Composition]:

@@ -111,7 +111,7 @@ def coverage(found: list[int | None], captions: list[str]) -> tuple[tuple[float,
     found: the drawing that an image is near to and its caption allows, or None. Returns (ratio, standard error) and
     (mean count of a caption, standard error). Of n real pictures of a caption with k drawings, k (1 - (1 - 1/k)^n)
     are distinct on average. Pooled by caption, not over all backgrounds of a category: a few samples of each of ten
-    colours find all eight drawings even where every single prompt has collapsed to one.
+    colours find all five drawings even where every single prompt has collapsed to one.
     """
     counts, expected = [], []
     for images in _together(captions):

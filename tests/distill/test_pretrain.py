@@ -57,6 +57,24 @@ def test_min_snr_is_one_loss_for_every_prediction_type(name: str, tmp_path: Path
     assert losses.total.item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
+def test_levels_are_uniform_or_have_a_normal_logit(tmp_path: Path):
+    """Kolmogorov-Smirnov distance of 4,000 draws to the law that the config names."""
+    from scipy.stats import kstest
+
+    teacher = GaussianTeacher(processes()["vp_v"], mean=0.7, std=0.5, shape=(2, 4, 4))
+    for changes, law in (
+        ({}, lambda t: kstest(t, "uniform")),
+        (
+            {"weighting_scheme": "logit_normal", "logit_mean": -0.2, "logit_std": 1.2},
+            lambda t: kstest(t.logit(), "norm", (-0.2, 1.2)),
+        ),
+    ):
+        made = Pretrain(config(tmp_path, student="full", **changes), Networks(teacher, "full"))  # type: ignore[arg-type]
+        t = made.level(Rngs(0, 0, range(4000)))
+        assert ((t > 0) & (t <= 1)).all()
+        assert law(t.double()).pvalue > 0.01
+
+
 def test_min_snr_of_epsilon_in_the_papers_form(tmp_path: Path):
     """min(SNR, gamma) / SNR on epsilon, / (SNR + 1) on v (arXiv:2303.09556, section 3.4), at alpha = 0.8 and 0.6."""
     table = torch.tensor([0.64, 0.36])  # SNR 16/9 and 9/16

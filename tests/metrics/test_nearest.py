@@ -3,7 +3,7 @@ import random
 import numpy as np
 import torch
 
-from fewstep.metrics.emoji.drawings import CATEGORY_OF, COLORS, NAMES, SHIFT, SIZES, Composition, compositions, render
+from fewstep.metrics.emoji.drawings import CATEGORY_OF, COLORS, NAMES, SHIFTS, SIZES, Composition, compositions, render
 from fewstep.metrics.emoji.nearest import NEAR, border_color, named_color, nearest
 
 
@@ -14,7 +14,7 @@ def pictures(compositions: list[Composition]) -> torch.Tensor:
 def test_every_rendering_is_found():
     """All drawings, the extreme shifts included, over the asked colour and over the measured one."""
     rng = random.Random(0)
-    corners = [(dx, dy) for dx in (-SHIFT, SHIFT) for dy in (-SHIFT, SHIFT)]
+    corners = [(dx, dy) for dx in SHIFTS[::2] for dy in SHIFTS[::2]]
     made = [
         Composition(d, rng.randrange(len(COLORS)), rng.choice(SIZES), *rng.choice(corners)) for d in range(len(NAMES))
     ]
@@ -32,7 +32,7 @@ def test_distance_is_that_of_the_best_of_all_renderings():
     x = np.clip(0.6 * a + 0.4 * b + rng.normal(0, 8, a.shape), 0, 255).round().astype(np.uint8)
     found = nearest(torch.from_numpy(x).permute(2, 0, 1)[None], [4])
     every = [(d, size, 0, 0) for d in range(len(NAMES)) for size in SIZES]
-    shifts = range(-SHIFT, SHIFT + 1)
+    shifts = range(min(SHIFTS), max(SHIFTS) + 1)
     every += [(d, size, dx, dy) for d in (3, 9) for size in SIZES for dx in shifts for dy in shifts]
     distance = {
         (d, size, dx, dy): np.sqrt(np.square(render(Composition(d, 4, size, dx, dy)) - x.astype(float)).mean())
