@@ -19,6 +19,7 @@ from fewstep.app import sources
 from fewstep.app.clips import save_mp4
 from fewstep.app.sample import grid
 from fewstep.app.sources import Source
+from fewstep.distill import picture
 from fewstep.distill.console import expected
 from fewstep.distill.evaluation import Sampler, device, timed
 from fewstep.samplers.baseline import counted
@@ -110,15 +111,15 @@ def page(shown: Sequence[Source], note: str | None = None) -> Any:
     with gr.Blocks(title="fewstep playground", delete_cache=(3600, 24 * 3600), analytics_enabled=False) as demo:
         gr.Markdown("# fewstep playground")
         with gr.Tabs():
-            for source in shown:
+            for i, source in enumerate(shown):
                 with gr.Tab(source.name):
-                    comparison(source)
+                    comparison(source, f"sample_{i}" if i else "sample")
         gr.Markdown(ABOUT if note is None else f"{ABOUT}<br>{note[0].upper()}{note[1:]}.")
     return demo
 
 
-def comparison(source: Source) -> None:
-    """A tab: what to draw above, teacher and student side by side below."""
+def comparison(source: Source, endpoint: str) -> None:
+    """A tab: what to draw above, teacher and student side by side below; programs ask `endpoint`."""
     import gradio as gr
 
     gr.Markdown(about(source))
@@ -147,10 +148,10 @@ def comparison(source: Source) -> None:
         "show_progress": "minimal",
         "show_progress_on": [c for c in outputs if isinstance(c, gr.Image)],
     }
-    gr.on([button.click, prompt.submit, seed.submit], **event, api_name="sample")
+    gr.on([button.click, prompt.submit, seed.submit], **event, api_name=endpoint)
     if len(source.prompts) > 1:
         examples = gr.Examples([[p] for p in source.prompts], [prompt], label="Examples", api_visibility="private")
-        examples.load_input_event.then(**event, api_visibility="private")
+        examples.load_input_event.then(**event, api_name=f"{endpoint}_example", api_visibility="private")
 
 
 def column(label: str, clips: bool) -> list[Any]:
@@ -159,15 +160,13 @@ def column(label: str, clips: bool) -> list[Any]:
 
     gr.Markdown(f"### {label}", elem_classes="centred")
     player = [gr.Video(show_label=False, autoplay=True, loop=True, interactive=False, buttons=[])] if clips else []
-    picture = gr.Image(
-        format="png",  # gradio's default, webp, changes pixels
-        type="pil",
+    image = gr.Image(
         show_label=False,
         interactive=False,
         buttons=["download", "fullscreen"],
         elem_classes="picture",
     )
-    return [*player, picture, gr.Markdown(elem_classes="centred cost")]
+    return [*player, image, gr.Markdown(elem_classes="centred cost")]
 
 
 def about(source: Source) -> str:
@@ -185,7 +184,7 @@ def _usual(step_counts: Sequence[int]) -> int:
     return max((k for k in step_counts if k <= 4), default=step_counts[0])
 
 
-def requests(source: Source) -> Callable[..., Iterator[list[Any]]]:
+def requests(source: Source) -> Callable[..., Iterator[list[str | None]]]:
     """What a request to draw answers: of each column [a clip,] a picture and its cost, as soon as they are there."""
     import gradio as gr
 
@@ -193,20 +192,20 @@ def requests(source: Source) -> Callable[..., Iterator[list[Any]]]:
 
     def sample(
         prompt: str, seed: int | None, steps: int | None, many_steps: int, guidance_scale: float | None
-    ) -> Iterator[list[Any]]:
+    ) -> Iterator[list[str | None]]:
         """Draw the columns' pictures of a prompt from the noise of a seed."""
         try:
             if source.prompts and not prompt.strip():
                 raise UserError("no prompt: write what to draw")
             if seed is None or steps is None:
                 raise UserError(f"no {'seed' if seed is None else 'steps'}: say a number")
-            yield [None] * (each * columns)  # the pictures of the request before go
-            for i in reversed(range(columns)):  # the quick ones come first
-                sampler = source.sampler(source.labels[i], steps, int(many_steps), guidance_scale)
-                with TemporaryDirectory() as folder:
-                    answer = [gr.skip()] * (each * columns)
+            answer: list[str | None] = [None] * (each * columns)  # the pictures of the request before go
+            yield answer
+            with TemporaryDirectory() as folder:  # gradio copies what is yielded
+                for i in reversed(range(columns)):  # the quick ones come first
+                    sampler = source.sampler(source.labels[i], steps, int(many_steps), guidance_scale)
                     answer[each * i : each * (i + 1)] = drawn(sampler, prompt, seed, Path(folder))
-                    yield answer  # gradio has its own copy of a file when this goes on
+                    yield answer
         except Exception as error:
             if expected(error) is None:
                 traceback.print_exc()
@@ -215,14 +214,16 @@ def requests(source: Source) -> Callable[..., Iterator[list[Any]]]:
     return sample
 
 
-def drawn(sampler: Sampler, prompt: str, seed: int, folder: Path) -> list[Any]:
-    """[An MP4 in `folder`,] a picture (of a clip its frames in a row), and what it cost."""
+def drawn(sampler: Sampler, prompt: str, seed: int, folder: Path) -> list[str]:
+    """Files in `folder`, [an MP4,] a picture (of a clip its frames in a row), and what it cost."""
     with counted(sampler.networks) as rows:
         images, seconds = timed(sampler, [prompt], [seed])
-    clip = [str(save_mp4(images[0], folder / "clip.mp4"))] if images.ndim == 5 else []
     steps = f"{sampler.steps} step{'s' if sampler.steps != 1 else ''}"
     guided = f", guidance {sampler.guidance:g}" if sampler.guidance != 1 else ""
-    return [*clip, grid(images, 1), f"**{sum(rows)} NFE, {seconds:.3f} s**<br>{steps}, {sampler.scheduler}{guided}"]
+    file = folder / f"{sampler.role}-{steps.replace(' ', '-')}-seed-{seed}.png"
+    picture.save(grid(images, 1), file)
+    clip = [str(save_mp4(images[0], file.with_suffix(".mp4")))] if images.ndim == 5 else []
+    return [*clip, str(file), f"**{sum(rows)} NFE, {seconds:.3f} s**<br>{steps}, {sampler.scheduler}{guided}"]
 
 
 def one_line(error: Exception) -> str:

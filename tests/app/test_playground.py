@@ -98,7 +98,11 @@ def test_controls_offer_what_the_source_has(page: Page, trained: Path):
     parts = page.client.config["components"]
     counts = [[value for _, value in p["props"]["choices"]] for p in parts if p["type"] == "radio"]
     assert counts == [[2, 4], [1, 2, 4, 8], [1, 4]]
-    props = {(p["type"], p["props"]["label"]): p["props"]["value"] for p in reversed(parts) if "label" in p["props"]}
+    props = {
+        (p["type"], p["props"]["label"]): p["props"]["value"]
+        for p in reversed(parts)
+        if {"label", "value"} <= p["props"].keys()
+    }
     assert props["slider", "Teacher's many steps"] == 8
     assert props["number", "Guidance"] == 3
 
