@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import httpx
 import numpy as np
 import pytest
-import torch
 
 from fewstep.app import playground, sources
-from fewstep.app.clips import FRAMES_PER_SECOND, ffmpeg, save_mp4
+from fewstep.app.clips import FRAMES_PER_SECOND
 from tests.app.conftest import Answer
+from tests.app.test_clips import frames
 from tests.app.test_commands import PROMPTS, pixels
 from tests.app.test_main import refused
 from tests.samplers.students import saved
@@ -143,14 +143,6 @@ def test_a_bug_is_one_line_on_the_page_and_a_traceback_in_the_terminal(
     assert page.ask("/sample", steps=2, seed=0, many_steps=2)[4]
 
 
-def frames(path: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """What an MP4 says of itself, and its frames (F, H, W, 3)."""
-    reader = ffmpeg().read_frames(str(path))
-    meta = next(reader)
-    width, height = meta["size"]
-    return meta, np.stack([np.frombuffer(f, np.uint8).reshape(height, width, 3) for f in reader]).astype(int)
-
-
 def test_a_clip_plays_beside_its_frames(page: Page, fewstep: Command, tmp_path: Path):
     video, picture, said = page.ask("/sample_2", seed=1, steps=4, many_steps=4)[-3:]
     out = tmp_path / "a.png"
@@ -166,15 +158,6 @@ def test_a_clip_plays_beside_its_frames(page: Page, fewstep: Command, tmp_path: 
     # noise is what video codecs keep worst; still each frame is nearest to itself
     distance = np.abs(played[:, None] - drawn[None]).mean((2, 3, 4))
     assert distance.argmin(1).tolist() == [0, 1, 2, 3, 4]
-
-
-def test_an_mp4_shows_its_clip(tmp_path: Path):
-    """Flat colours survive but for rounding; sides are made even, which H.264 needs."""
-    colours = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200]], dtype=torch.uint8)
-    clip = colours[:, :, None, None].expand(3, 3, 33, 47)
-    _, played = frames(save_mp4(clip, tmp_path / "a.mp4"))
-    assert played.shape == (3, 32, 46, 3)
-    assert np.abs(played - colours.numpy()[:, None, None]).max() <= 6
 
 
 def test_without_ffmpeg_a_clip_source_is_refused(page: Page, fewstep: Command, monkeypatch: pytest.MonkeyPatch):
