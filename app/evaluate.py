@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.distill import picture
-from fewstep.distill.evaluation import Teacher, student_folder, student_sampler
+from fewstep.distill.evaluation import Teacher, student_folder, student_sampler, teacher_of
 from fewstep.distill.prompt_sets import prompt_set
 from fewstep.distill.report import Comparison, write_json
 from fewstep.samplers.load import load_student
@@ -61,6 +61,4 @@ def _target(sources: Sequence[str], students: dict[str, Manifest]) -> Teacher:
     for source in sources:
         if source not in students:
             return Teacher(source)
-    manifest = students[sources[0]]
-    size = {k: v for k in ("height", "width", "num_frames") if (v := getattr(manifest, k)) is not None}
-    return Teacher(manifest.base, manifest.revision, **size)
+    return teacher_of(students[sources[0]])

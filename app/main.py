@@ -165,6 +165,29 @@ def export(
 
 
 @app.command()
+def playground(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help=f"{SOURCE} Default: the embedded teacher and the newest student under runs/.", metavar="SOURCE"
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(help="Of the page, on 127.0.0.1.", min=1, max=65535)] = 7860,
+    debug: Debug = False,
+) -> None:
+    """Open a page that draws: teacher and student side by side, from the same noise.
+
+    It is served on this machine alone and needs no network. Ctrl-C stops it.
+
+    Example: fewstep playground runs/quickstart
+    """
+    _quiet(debug)
+    from fewstep.app.playground import playground as serve
+
+    serve(sources or [], port)
+
+
+@app.command()
 def methods(debug: Debug = False) -> None:
     """List the methods of distillation: what each needs, trains and costs."""
     from fewstep.app import tables

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.app.clips import FRAMES_PER_SECOND
 from fewstep.distill import picture
 from fewstep.distill.data import read_prompts
 from fewstep.distill.evaluation import Sampler, Teacher, student_folder, student_sampler
@@ -71,7 +72,7 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     return picture.to_image(rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2))
 
 
-def save_clips(clips: Tensor, columns: int, out: Path, frames_per_second: int = 8) -> None:
+def save_clips(clips: Tensor, columns: int, out: Path, frames_per_second: int = FRAMES_PER_SECOND) -> None:
     """Clips (N, F, 3, H, W) side by side as one animation."""
     first, *rest = [grid(clips[:, f], columns) for f in range(clips.shape[1])]
     try:

@@ -93,14 +93,19 @@ class Teacher:
         self.pipeline: Any = load_pipeline(source, revision, variant).to(device())
         self.own = self.pipeline.scheduler
 
+    @property
+    def guidance_scale(self) -> float | None:
+        """The pipeline's own; None where it takes none."""
+        usual = inspect.signature(self.pipeline.__call__).parameters.get("guidance_scale")
+        return None if usual is None else float(usual.default)
+
     def sampler(
         self, steps: int, guidance: float | None = None, scheduler: str | None = None, spacing: str | None = None
     ) -> Sampler:
         """The teacher in `steps` steps; guidance defaults to the pipeline's, the rest to the best known for few steps."""
         if steps < 1:
             raise UserError(f"steps {steps}: must be at least 1")
-        usual = inspect.signature(self.pipeline.__call__).parameters.get("guidance_scale")
-        scale = guidance if guidance is not None else 1.0 if usual is None else float(usual.default)
+        scale = next(g for g in (guidance, self.guidance_scale, 1.0) if g is not None)
         name = scheduler or default_scheduler(self.own)
         if spacing is None and has_spacing(self.own):
             spacing = "trailing"
@@ -116,6 +121,12 @@ class Teacher:
         return Sampler(
             self.source, "teacher", steps, scale, f"{said} ({spacing})" if spacing else said, networks, images
         )
+
+
+def teacher_of(manifest: Manifest, negative_prompt: str = "") -> Teacher:
+    """The teacher that a student was made from, for samples of the student's size."""
+    size = {"height": manifest.height, "width": manifest.width, "num_frames": manifest.num_frames}
+    return Teacher(manifest.base, manifest.revision, manifest.variant, negative_prompt, **size)
 
 
 def student_sampler(
@@ -144,6 +155,13 @@ def student_sampler(
     return Sampler(source, "student", steps, scale, plan.rule, networks, images)
 
 
+def timed(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, float]:
+    """Images of one batch, uint8, and the seconds from prompts to pixels."""
+    began = time.perf_counter()
+    images = sampler.images(prompts, seeds)
+    return (images * 255).round().to(torch.uint8), time.perf_counter() - began
+
+
 def draw(
     sampler: Sampler,
     prompts: PromptSet,
@@ -160,11 +178,10 @@ def draw(
     _same_size(first, prompts, reference)
     with counted(sampler.networks) as rows:
         for i in range(0, len(prompts), batch_size):
-            began = time.perf_counter()
-            images = sampler.images(prompts.prompts[i : i + batch_size], prompts.seeds[i : i + batch_size])
+            images, took = timed(sampler, prompts.prompts[i : i + batch_size], prompts.seeds[i : i + batch_size])
             if len(images) == batch_size or not parts:
-                seconds.append((time.perf_counter() - began) / len(images))
-            parts.append((images * 255).round().to(torch.uint8))
+                seconds.append(took / len(images))
+            parts.append(images)
             if progress is not None:
                 progress(len(images))
     return Drawn(torch.cat(parts), statistics.median(seconds), sum(rows) / len(prompts))

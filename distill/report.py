@@ -209,6 +209,11 @@ def size(folder: Path) -> int | None:
     return json.loads(path.read_text(encoding="utf-8"))["n"] if path.is_file() else None
 
 
+def teacher_guidance(config: TrainConfig) -> float:
+    """Of the teacher in a run's report."""
+    return config.validation_guidance_scale or getattr(config, "guidance_scale", 1.0)
+
+
 def report_run(folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Make a run's report from what it left behind: its config, its teacher and its `student/`."""
     config = validate(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
@@ -216,7 +221,7 @@ def report_run(folder: Path, say: Callable[[str], None] = lambda line: None) -> 
         raise UserError(f"{folder}: its config has no report_num, so that it has no report")
     comparison = Comparison(prompt_sets(config), say=say, sheets=folder / SHEETS)
     size = {k: v for k in ("height", "width", "num_frames") if (v := getattr(config, k)) is not None}
-    guidance = config.validation_guidance_scale or getattr(config, "guidance_scale", 1.0)
+    guidance = teacher_guidance(config)
     teacher = Teacher(config.teacher, config.revision, config.variant, config.negative_prompt, **size)
     for i, steps in enumerate(sorted(config.report_teacher_steps, reverse=True)):
         comparison.add(teacher.sampler(steps, guidance, config.report_scheduler), i == 0, config.train_batch_size)

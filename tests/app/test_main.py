@@ -30,7 +30,7 @@ def refused(answer: Answer, *parts: str, lines: int = 1) -> None:
         assert part in answer.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["playground", "--help"]])
 def test_help_takes_less_than_half_a_second_and_no_torch(arguments: list[str]):
     code = f"""
 import sys

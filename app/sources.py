@@ -1,0 +1,152 @@
+"""What the playground shows: teachers, and beside them the students that were made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from fewstep.app.clips import ffmpeg
+from fewstep.distill.config import TrainConfig, validate
+from fewstep.distill.evaluation import Sampler, Teacher, student_folder, student_sampler, teacher_of
+from fewstep.distill.prompt_sets import EMBEDDED
+from fewstep.distill.report import teacher_guidance
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import class_of, denoiser_of, family, load_student, resolve
+from fewstep.samplers.manifest import MANIFEST, Manifest, read_manifest
+
+EMBEDDED_TEACHER = "embedded:emoji"
+NO_STUDENT = "no student under runs/ yet; make one: fewstep train quickstart"
+
+TEACHER_STEPS = (1, 2, 4, 8)
+"""Step counts offered of a pipeline without a student: it takes any."""
+
+MANY, FEW, STUDENT = "Teacher, many steps", "Teacher, few steps", "Student"
+
+PROMPTS = (
+    "a red apple on a wooden table",
+    "an old fisherman with a white beard, portrait photograph",
+    "a lighthouse on a cliff at sunset, oil painting",
+    "a cat walking through tall grass",
+)
+"""Examples for models that draw anything."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A teacher in memory, and beside it, if that is what was named, a student of its.
+
+    Attributes:
+        name: as the user said it.
+        teacher: for samples of the student's size.
+        student: its denoiser and manifest; None: a pipeline alone.
+        step_counts: that the student declares; of a pipeline alone some usual ones.
+        many_steps: of the teacher, unless the user changes it.
+        guidance_scale: of the teacher likewise; None: it takes none.
+        prompts: examples; none where the model takes no prompt.
+        clips: whether it makes clips.
+    """
+
+    name: str
+    teacher: Teacher
+    student: tuple[Denoiser, Manifest] | None
+    step_counts: Sequence[int]
+    many_steps: int
+    guidance_scale: float | None
+    prompts: list[str]
+    clips: bool
+
+    @property
+    def labels(self) -> list[str]:
+        """Of the pictures, from left to right."""
+        return [MANY, FEW] if self.student is None else [MANY, FEW, STUDENT]
+
+    def sampler(self, label: str, steps: int, many_steps: int, guidance_scale: float | None) -> Sampler:
+        """Who draws the picture of a label; `guidance_scale` is the teacher's."""
+        if label == STUDENT:
+            assert self.student is not None
+            return student_sampler(*self.student, self.name, steps)
+        return self.teacher.sampler(many_steps if label == MANY else steps, guidance_scale)
+
+
+def newest_student(folder: Path = Path("runs")) -> str | None:
+    """The run with the newest student."""
+    found = [(m.stat().st_mtime, str(m.parent.parent)) for m in folder.glob(f"*/student/{MANIFEST}")]
+    return max(found)[1] if found else None
+
+
+def check(names: Sequence[str]) -> None:
+    """Refuse what is no source, before any weight loads: UserError in one line."""
+    for name in names:
+        folder = student_folder(name)
+        family(class_of(name) if folder is None else read_manifest(folder).pipeline)
+
+
+def shown(names: Sequence[str]) -> list[str]:
+    """Those that get a place of their own: a teacher that stands beside its student needs none; students come first."""
+    folders = {name: student_folder(name) for name in names}
+    students = [name for name, folder in folders.items() if folder is not None]
+    bases = {_place(read_manifest(folder).base) for folder in folders.values() if folder is not None}
+    return students + [n for n in folders if n not in students and _place(n) not in bases]
+
+
+def _place(source: str) -> str:
+    """One spelling of a source, however a folder is named."""
+    path = Path(resolve(source))
+    return str(path.resolve()) if path.is_dir() else source
+
+
+def load_source(name: str) -> Source:
+    """Load a source and draw once in the fewest steps: the first call of a process is slow, and times are shown."""
+    folder = student_folder(name)
+    if folder is None:
+        student, config, base = None, None, name
+        teacher = Teacher(name)
+        denoiser = denoiser_of(teacher.pipeline)
+        shape, step_counts = denoiser.latent_shape(), TEACHER_STEPS
+    else:
+        denoiser, manifest = load_student(name)
+        student, config, base = (denoiser, manifest), _config(folder), manifest.base
+        try:
+            teacher = teacher_of(manifest, config.negative_prompt if config else "")
+        except UserError as error:
+            raise UserError(f"{name}: its teacher, to be shown beside it, cannot be loaded; {error}") from error
+        shape = denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)
+        step_counts = sorted(manifest.plans)
+    clips = len(shape) == 4
+    if clips:
+        ffmpeg()
+    source = Source(
+        name=name,
+        teacher=teacher,
+        student=student,
+        step_counts=step_counts,
+        many_steps=max(config.report_teacher_steps) if config else 50,
+        guidance_scale=teacher_guidance(config) if config and teacher.guidance_scale else teacher.guidance_scale,
+        prompts=examples(base, config) if denoiser.takes_prompts else [],
+        clips=clips,
+    )
+    for label in source.labels[1:]:
+        source.sampler(label, step_counts[0], 1, source.guidance_scale).images([*source.prompts, ""][:1], [0])
+    return source
+
+
+def _config(student: Path) -> TrainConfig | None:
+    """The config of a student's run, if it still lies in one."""
+    path = student.parent / "config.yaml"
+    if student.name != "student" or not path.is_file():
+        return None
+    return validate(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+
+
+def examples(base: str, config: TrainConfig | None) -> list[str]:
+    """Prompts that the model was made for: those of its run, and some of each embedded set."""
+    own = list(config.validation_prompts or [])[:4] if config else []
+    for name, captions in EMBEDDED.items():
+        if name.split("/")[0] == base:
+            every = captions()
+            own += every[:: len(every) // 2 + 1]
+    return list(dict.fromkeys(own)) or list(PROMPTS)
