@@ -43,7 +43,7 @@ def evaluate(
     counts = sorted(set(steps), reverse=True)
     for source in sources:
         if source in students:
-            student, manifest = load_student(source)
+            student, manifest = load_student(source, fuse=True)
             samplers = [student_sampler(student, manifest, source, k) for k in counts]
         else:
             teacher = Teacher(source)

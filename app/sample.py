@@ -24,7 +24,7 @@ def sampler_of(source: str, steps: int, guidance: float | None, scheduler: str |
         return Teacher(source).sampler(steps, guidance, scheduler)
     if scheduler is not None:
         raise UserError(f"--scheduler {scheduler}: {source} is a student, which samples by its own plan; leave it out")
-    student, manifest = load_student(source)
+    student, manifest = load_student(source, fuse=True)
     return student_sampler(student, manifest, source, steps, guidance)
 
 

@@ -108,7 +108,7 @@ def load_source(name: str) -> Source:
         denoiser = denoiser_of(teacher.pipeline)
         shape, step_counts = denoiser.latent_shape(), TEACHER_STEPS
     else:
-        denoiser, manifest = load_student(name)
+        denoiser, manifest = load_student(name, fuse=True)
         student, config, base = (denoiser, manifest), _config(folder), manifest.base
         try:
             teacher = teacher_of(manifest, config.negative_prompt if config else "")

@@ -202,14 +202,20 @@ def prepared(config: TrainConfig) -> tuple[Callable[[int], None], Callable[[int]
     trainer = Trainer(config, accelerator, methods[0], batches, record)
 
     def iteration(i: int) -> None:
-        trainer.scalars |= trainer.step(i)
+        with trainer._attention():
+            trainer.scalars |= trainer.step(i)
         trainer.iteration = i + 1
         trainer._after()
 
     key = "encoder_hidden_states"
     loop = Bare(config, methods[1].roles(), condition.tensors[key], condition.negative[key], latents)
     loop.require_grad("student")
-    return iteration, getattr(loop, config.method), counts
+
+    def bare_iteration(i: int) -> None:
+        with trainer._attention():  # plain attention on CPUs is a choice of kernels: both sides have it
+            getattr(loop, config.method)(i)
+
+    return iteration, bare_iteration, counts
 
 
 def timed(iteration: Callable[[int], None], iterations: range) -> tuple[float, float]:

@@ -149,7 +149,7 @@ def rows(
     folder = student_folder(run)
     if folder is None:
         raise UserError(f"{run}: neither a run nor a student's folder")
-    student, manifest = load_student(run)
+    student, manifest = load_student(run, fuse=True)
     teacher = Teacher(options.teacher or manifest.base, manifest.revision)
     for steps in options.steps:
         choice, tried = sweep(teacher, manifest.fingerprint, prompts.name, steps, options, cache)

@@ -226,7 +226,7 @@ def report_run(folder: Path, say: Callable[[str], None] = lambda line: None) -> 
     for i, steps in enumerate(sorted(config.report_teacher_steps, reverse=True)):
         comparison.add(teacher.sampler(steps, guidance, config.report_scheduler), i == 0, config.train_batch_size)
     del teacher  # one pipeline in memory at a time
-    student, manifest = load_student(folder)
+    student, manifest = load_student(folder, fuse=True)
     for steps in sorted(config.report_steps or manifest.plans, reverse=True):
         comparison.add(student_sampler(student, manifest, str(folder), steps), batch_size=config.train_batch_size)
     return write(comparison, folder)

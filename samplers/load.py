@@ -141,21 +141,23 @@ def load(source: str | Path, revision: str | None = None, variant: str | None = 
     """
     if not holds_lora(resolve(source)):
         return denoiser_of(load_pipeline(source, revision, variant, **components))
-    student, _ = load_student(source, variant=variant, **components)
-    student.pipeline.fuse_lora(components=list(student.networks))
-    student.pipeline.unload_lora_weights()
-    return student
+    return load_student(source, variant=variant, fuse=True, **components)[0]
 
 
 def load_student(
-    source: str | Path, base: str | Path | None = None, variant: str | None = None, **components: Any
+    source: str | Path,
+    base: str | Path | None = None,
+    variant: str | None = None,
+    fuse: bool = False,
+    **components: Any,
 ) -> tuple[Denoiser, Manifest]:
-    """A student and what it says of itself, for its own size of samples; a LoRA stays an adapter on its base.
+    """A student and what it says of itself, for its own size of samples.
 
     Args:
         source: a run, or a student's folder.
         base: where the base of a LoRA is, if not where the manifest says: a folder, `embedded:NAME` or a hub id.
         variant: of the base's files; default: the manifest's.
+        fuse: add a LoRA into the weights, where each call is faster by its products; else it stays an adapter.
         components: further arguments of the pipeline's `from_pretrained`.
 
     Raises:
@@ -166,6 +168,9 @@ def load_student(
     family(manifest.pipeline)
     if holds_lora(folder):
         denoiser = _on_base(folder, manifest, base, variant, **components)
+        if fuse:
+            denoiser.pipeline.fuse_lora(components=list(denoiser.networks))
+            denoiser.pipeline.unload_lora_weights()
     else:
         denoiser = denoiser_of(load_pipeline(folder, **components))
     return denoiser.at(denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)), manifest
