@@ -1,0 +1,40 @@
+import math
+import pickle
+import random
+
+import pytest
+import torch
+
+from fewstep.metrics.scores import Scores, mean_error
+
+
+def test_mean_and_standard_error():
+    """1, 2, 6: mean 3, variance (4 + 1 + 9) / 2, over 3."""
+    assert mean_error(torch.tensor([1.0, 2, 6])) == (3, pytest.approx(math.sqrt(7 / 3)))
+    value, error = mean_error(torch.tensor([5.0]))
+    assert value == 5
+    assert math.isnan(error)
+
+
+def test_order_batches_processes_and_repetition_do_not_matter():
+    """Values whose float sum depends on the order; the last batch of the second process repeats the first image."""
+    values = 10.0 ** torch.tensor([16.0, -3, 5, 15, 1, -8, 16, 9, 2, 3, 12]).double()
+    whole = Scores()
+    whole.update(range(11), x=values, y=-values)
+    order = list(range(11))
+    random.Random(0).shuffle(order)
+    one, two = Scores(), Scores()
+    for process, rows in ((one, order[:1]), (one, order[1:6]), (two, order[6:8]), (two, [*order[8:], order[0]])):
+        process.update(rows, x=values[rows], y=-values[rows])
+    one.merge(pickle.loads(pickle.dumps(two)))
+    assert one.figures() == whole.figures()
+    assert one.keys("x") == list(range(11))
+    assert torch.equal(one.column("x"), values)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_is_refused_by_key(bad):
+    with pytest.raises(ValueError, match="lpips: the value of number 7 is"):
+        Scores().update([3, 7], lpips=torch.tensor([0.5, bad]))
+    with pytest.raises(ValueError, match=r"lpips: needs one value for each of 2 keys; got \(3,\)"):
+        Scores().update([3, 7], lpips=torch.zeros(3))
