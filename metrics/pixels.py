@@ -8,16 +8,20 @@ import torch
 from torch import Tensor
 
 
-def psnr(images: Tensor, target: Tensor) -> tuple[float, float]:
-    """Mean peak signal-to-noise ratio of each image to its own target, dB, and its standard error.
+def image_psnr(images: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image to its own target, dB, (N,) float64.
 
     Args:
         images: (N, ...) uint8.
         target: same shape; an image equal to its target counts as one grey level off in one value.
     """
     error = (images.double() - target.double()).square().flatten(1)
-    mean = error.mean(1).clamp(min=1 / error.shape[1])
-    values = 10 * (255**2 / mean).log10()
+    return 10 * (255**2 / error.mean(1).clamp(min=1 / error.shape[1])).log10()
+
+
+def psnr(images: Tensor, target: Tensor) -> tuple[float, float]:
+    """Mean of `image_psnr`, dB, and its standard error."""
+    values = image_psnr(images, target)
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
