@@ -1,0 +1,102 @@
+"""Aesthetic heads in the published formats; the packages of HPSv2 and ImageReward as they are called."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from fewstep.metrics.aesthetic import aesthetic, hps, image_reward, load_head
+from tests.metrics.tiny_clip import noise_images
+
+FEATURES = 30 * torch.randn(5, 768, generator=torch.Generator().manual_seed(0))
+
+
+class Predictor(nn.Module):
+    """The module of version 2's authors: its state dict is their file."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        sizes, drops = (1024, 128, 64, 16), (0.2, 0.2, 0.1, None)
+        layers: list[nn.Module] = []
+        for outputs, drop in zip(sizes, drops, strict=True):
+            layers += [nn.Linear(size, outputs), *([nn.Dropout(drop)] if drop else [])]
+            size = outputs
+        self.layers = nn.Sequential(*layers, nn.Linear(size, 1))
+
+
+@pytest.fixture(scope="module")
+def heads() -> dict[str, nn.Module]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {"linear": nn.Linear(768, 1), "mlp": Predictor(768)}
+
+
+def test_heads_read_unit_vectors(heads, tmp_path):
+    """As the authors' scripts do: features over their length, through the module that wrote the file."""
+    unit = FEATURES / FEATURES.norm(dim=-1, keepdim=True)
+    for kind, module in heads.items():
+        torch.save(module.state_dict(), tmp_path / f"{kind}.pth")
+        plain = getattr(module, "layers", module).eval()
+        found = aesthetic(FEATURES, load_head(tmp_path / f"{kind}.pth"))
+        assert found.unique().numel() == 5
+        torch.testing.assert_close(found, plain(unit)[:, 0].detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_what_does_not_fit_is_named(heads, tmp_path):
+    with_relu = {f"layers.{n}.weight": torch.zeros(1, 1) for n in (0, 3, 6, 9, 11)}
+    torch.save(with_relu, tmp_path / "relu.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name, line in (
+        ("none.pth", r"no file .*none.pth; run: curl -LO https://github.com/.*linearMSE.pth, or .*linear.pth"),
+        ("relu.pth", r"neither weight and bias nor layers.0, 2, 4, 6, 7; it holds layers.0.weight, layers.3.weight"),
+        ("list.pth", "holds no state dict"),
+    ):
+        with pytest.raises(ValueError, match=line) as caught:
+            load_head(tmp_path / name)
+        assert str(caught.value).startswith("aesthetic: ")
+    torch.save(heads["linear"].state_dict(), tmp_path / "linear.pth")
+    with pytest.raises(ValueError, match=r"reads 768 features, as of ViT-L-14 openai; got \(5, 512\)"):
+        aesthetic(FEATURES[:, :512], load_head(tmp_path / "linear.pth"))
+
+
+def brightness(picture) -> float:
+    return sum(picture.getpixel((0, 0))) / 100
+
+
+def test_every_image_is_scored_with_its_own_prompt(monkeypatch):
+    """Packages that answer with a pixel of the picture and the length of the prompt."""
+    calls = []
+
+    def score(pictures, prompt, cp=None, hps_version=None):
+        calls.append((prompt, cp, hps_version))
+        return [brightness(picture) + len(prompt) for picture in pictures]
+
+    for name, content in (
+        ("hpsv2", {}),
+        ("hpsv2.img_score", {"score": score}),
+        ("ImageReward", {"load": lambda name: SimpleNamespace(score=lambda p, x: brightness(x) - len(p))}),
+    ):
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    images, prompts = noise_images(4, 8, 8), ["a", "bcd", "a", "efghij"]
+    corner, length = images[:, :, 0, 0].float().sum(1) / 100, torch.tensor([1.0, 3, 1, 6])
+    torch.testing.assert_close(hps(images, prompts, weights="w.pt"), corner + length)
+    assert calls == [(prompt, "w.pt", "v2.1") for prompt in ("a", "bcd", "efghij")]
+    torch.testing.assert_close(image_reward(images, prompts), corner - length)
+
+
+def test_absent_packages_are_named(monkeypatch):
+    for name in ("hpsv2", "hpsv2.img_score", "ImageReward"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    images = noise_images(2, 8, 8)
+    with pytest.raises(ValueError, match=r"hps: needs the package hpsv2 .*; run: pip install hpsv2"):
+        hps(images, ["a", "b"])
+    with pytest.raises(ValueError, match=r"needs the package image-reward .*; run: pip install image-reward"):
+        image_reward(images, ["a", "b"])
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
+        hps(images, ["a"])
