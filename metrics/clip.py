@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
-from fewstep.metrics.networks import check_images, cosine, in_batches
+from fewstep.metrics.networks import check_images, cosine, fingerprint, in_batches
 from fewstep.metrics.scores import mean_error
 from fewstep.samplers.compat import declare_torchvision_operators
 
@@ -29,6 +30,7 @@ class Clip:
             a name that ends in -quickgelu; with a tag the activation follows the tag.
         device: where the encoders run.
         batch: images or prompts in one call of a network.
+        unit: called with images, give unit vectors, as CMMD reads them (with ViT-L-14-336 of OpenAI).
 
     Raises:
         ValueError: weights that are unknown, missing or of another model, with what would supply them.
@@ -40,17 +42,26 @@ class Clip:
         weights: str | None = "openai",
         device: str | torch.device = "cpu",
         batch: int = 64,
+        unit: bool = False,
     ):
-        self.device, self.batch = device, batch
+        self.device, self.batch, self.unit = device, batch, unit
         if Path(model).is_dir():
             model = f"local-dir:{model}"
         own = model.startswith(("local-dir:", "hf-hub:"))
         self.network, self.preprocess, self.tokenizer = _load(model, None if own else weights)
         self.network.to(device)
-        named = Path(model).name if own else f"{model}-{Path(str(weights)).stem}"
-        self.name = f"clip-{named}".replace("/", "-")
+        local = model.startswith("local-dir:") or (not own and Path(str(weights)).is_file())
+        parts = [Path(model).name if own else model.replace("/", "-"), *([] if own else [Path(str(weights)).stem])]
+        if local:
+            parts.append(fingerprint(self.network, self.preprocess))
+        self.name = "-".join(["clip", *parts, *(["unit"] if unit else [])])
 
     def __call__(self, images: Tensor) -> Tensor:
+        """Image features (N, D) float32 of images (N, 3, H, W) uint8; of their own length unless `unit`."""
+        found = self.images(images)
+        return F.normalize(found, dim=-1) if self.unit else found
+
+    def images(self, images: Tensor) -> Tensor:
         """Image features (N, D) float32, not normalised, of images (N, 3, H, W) uint8."""
         check_images(images)
         return in_batches(lambda x: self.network.encode_image(self.pixels(x)), self.batch, images)
@@ -69,13 +80,13 @@ class Clip:
         """100 cos of each image with its own prompt, (N,), for `clip_score`."""
         if len(images) != len(prompts):
             raise ValueError(f"clip score needs one prompt for each image; got {len(images)} and {len(prompts)}")
-        return 100 * cosine(self(images), self.texts(prompts))
+        return 100 * cosine(self.images(images), self.texts(prompts))
 
     def similarity(self, images: Tensor, others: Tensor) -> Tensor:
         """Cosine of each image with the other image of the same number, (N,) in -1..1."""
         if len(images) != len(others):
             raise ValueError(f"clip similarity compares pairs; got {len(images)} and {len(others)} images")
-        return cosine(self(images), self(others))
+        return cosine(self.images(images), self.images(others))
 
 
 def clip_score(scores: Tensor) -> tuple[float, float]:
@@ -100,7 +111,7 @@ def _load(model: str, weights: str | None) -> tuple[Any, Any, Any]:
             _fetch(model, str(weights), tag)
     try:
         # open_clip only warns where a tag was trained with another activation than the model's name says
-        network, preprocess = open_clip.create_model_from_pretrained(
+        loaded: Any = open_clip.create_model_from_pretrained(
             model, weights, force_quick_gelu=bool(tag.get("quick_gelu"))
         )
         tokenizer = open_clip.get_tokenizer(model)
@@ -112,6 +123,7 @@ def _load(model: str, weights: str | None) -> tuple[Any, Any, Any]:
         }.get(schema, f"give weights that were trained for {model}")
         source = where if schema else f"weights {weights}"
         raise ValueError(f"clip: {source} cannot be used: {_line(error)}; {wanted}") from error
+    network, preprocess = loaded
     return network.eval().requires_grad_(False), preprocess, tokenizer
 
 

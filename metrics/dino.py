@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fewstep.metrics.networks import check_images, in_batches
+from fewstep.metrics.networks import check_images, fingerprint, in_batches
 from fewstep.samplers.compat import declare_torchvision_operators
 
 KINDS = ("dinov2", "dinov2_with_registers")
@@ -34,7 +34,7 @@ class Dino:
         declare_torchvision_operators()
         from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-        self.name, self.device, self.batch = f"dinov2-{Path(source).name}", device, batch
+        self.device, self.batch = device, batch
         try:
             kind = AutoConfig.from_pretrained(source).model_type
             if kind not in KINDS:
@@ -49,6 +49,9 @@ class Dino:
         if missing := sorted(found["missing_keys"]):
             raise ValueError(f"dino: {source} lacks weights of its own configuration, e.g. {missing[0]}")
         self.network = network.to(device).eval().requires_grad_(False)
+        self.name = f"dino-{Path(source).name}"
+        if Path(source).is_dir():
+            self.name += f"-{fingerprint(network, self.processor.to_dict())}"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features (N, D) float32 of images (N, 3, H, W) uint8."""

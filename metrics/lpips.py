@@ -81,7 +81,7 @@ def _backbone(net: str, weights: str | Path | None) -> tuple[dict[str, Tensor], 
         raise ValueError(f"lpips: the weights of {net} are not on this machine; {command}, or give a file") from error
 
 
-def _network(net: str, state: dict[str, Tensor], source: str) -> Any:
+def _network(net: Any, state: dict[str, Tensor], source: str) -> Any:
     """torchmetrics' network with the heads that it ships and this backbone.
 
     Its public class downloads the backbone in its constructor and takes no file. Made on the meta device: random

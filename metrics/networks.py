@@ -1,22 +1,14 @@
-"""What the networks that judge share: images in, float32 features out, and one line where weights are missing."""
+"""What the networks that judge share: images in, float32 out, one line where weights are missing, names that tell."""
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
-
-
-class Features(Protocol):
-    """A feature space: images (B, 3, H, W) uint8 to features (B, D) float32 on the CPU."""
-
-    name: str
-
-    def __call__(self, images: Tensor, /) -> Tensor: ...
+from torch import Tensor, nn
 
 
 def check_images(images: Tensor, what: str = "images") -> None:
@@ -34,6 +26,19 @@ def in_batches(network: Callable[..., Tensor], batch: int, *inputs: Tensor) -> T
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of each row of (N, D) with the same row of the other, (N,) in -1..1. NaN where a vector is 0."""
     return (a / a.norm(dim=-1, keepdim=True) * (b / b.norm(dim=-1, keepdim=True))).sum(-1)
+
+
+def fingerprint(network: nn.Module, prepared: object) -> str:
+    """Eight hexadecimal digits that tell local networks of one file name apart.
+
+    Of the shape of every weight and 64 evenly spaced values of it (all of a large file would take seconds), and of how
+    images are prepared, as its `str` says.
+    """
+    digest = hashlib.sha256(str(prepared).encode())
+    for name, weight in network.state_dict().items():
+        some = weight.flatten()[:: max(1, weight.numel() // 64)]
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.double().cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def read_weights(path: str | Path, what: str, otherwise: str) -> dict[str, Tensor]:

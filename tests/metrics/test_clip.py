@@ -68,11 +68,13 @@ class ForTorchmetrics:
         return self.model.encode_text(tokens).detach()
 
 
-def test_features_are_those_of_open_clip(clip, plain):
+def test_features_are_those_of_open_clip(clip, folder, plain):
     images, texts, *_ = plain
     torch.testing.assert_close(clip(IMAGES), images, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(clip.texts(PROMPTS), texts, rtol=1e-5, atol=1e-6)
-    assert clip.name == "clip-tiny"
+    unit = Clip(str(folder), unit=True)
+    torch.testing.assert_close(unit(IMAGES), images / images.norm(dim=-1, keepdim=True), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(unit.scores(IMAGES, PROMPTS), clip.scores(IMAGES, PROMPTS))
 
 
 def test_the_score_is_that_of_torchmetrics(clip, plain):
@@ -107,6 +109,19 @@ def test_the_score_is_that_of_torchmetrics(clip, plain):
 def test_batches_do_not_matter(clip, folder):
     small = Clip(str(folder), batch=2)
     torch.testing.assert_close(small.scores(IMAGES, PROMPTS), clip.scores(IMAGES, PROMPTS), atol=1e-4, rtol=0)
+
+
+def test_equal_names_mean_equal_features(clip, folder, tmp_path):
+    """Folders of one name: the same weights, others, and the same prepared otherwise; unit vectors."""
+    assert clip.name.startswith("clip-tiny-")
+    assert Clip(str(shutil.copytree(folder, tmp_path / "a" / "tiny"))).name == clip.name
+    other = Clip(str(save_tiny_clip(tmp_path / "b" / "tiny", seed=1)))
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["resize_mode"] = "squash"
+    squeezed = shutil.copytree(folder, tmp_path / "c" / "tiny")
+    (squeezed / "open_clip_config.json").write_text(json.dumps(config))
+    names = {clip.name, other.name, Clip(str(squeezed)).name, Clip(str(folder), unit=True).name}
+    assert len(names) == 4
 
 
 def test_the_activation_follows_the_tag(folder, monkeypatch):

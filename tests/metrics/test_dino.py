@@ -52,7 +52,6 @@ def test_features_are_those_of_transformers(dino, folder):
     expected = torch.cat(tokens)[:, 0]
     assert expected.std(0).mean() > 0.03
     torch.testing.assert_close(dino(IMAGES), expected, rtol=1e-4, atol=1e-5)
-    assert dino.name == "dinov2-tiny"
 
 
 def test_batches_do_not_matter_and_the_distance_is_of_its_features(dino, folder):
@@ -60,6 +59,14 @@ def test_batches_do_not_matter_and_the_distance_is_of_its_features(dino, folder)
     torch.testing.assert_close(small(IMAGES), dino(IMAGES), rtol=1e-4, atol=1e-5)
     assert frechet_distance(small(IMAGES), dino(IMAGES)) == pytest.approx(0, abs=1e-4)
     assert frechet_distance(dino(IMAGES), dino(255 - IMAGES)) > 0.1
+
+
+def test_equal_names_mean_equal_features(dino, folder, tmp_path):
+    assert dino.name.startswith("dino-tiny-")
+    assert Dino(str(shutil.copytree(folder, tmp_path / "a" / "tiny"))).name == dino.name
+    prepared = shutil.copytree(folder, tmp_path / "b" / "tiny") / "preprocessor_config.json"
+    prepared.write_text(json.dumps(json.loads(prepared.read_text()) | {"do_center_crop": False}))
+    assert Dino(str(prepared.parent)).name != dino.name
 
 
 def test_what_is_missing_is_named_with_what_supplies_it(folder, tmp_path):
