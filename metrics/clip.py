@@ -50,11 +50,13 @@ class Clip:
         own = model.startswith(("local-dir:", "hf-hub:"))
         self.network, self.preprocess, self.tokenizer = _load(model, None if own else weights)
         self.network.to(device)
-        local = model.startswith("local-dir:") or (not own and Path(str(weights)).is_file())
-        parts = [Path(model).name if own else model.replace("/", "-"), *([] if own else [Path(str(weights)).stem])]
-        if local:
+        parts = [model, Path(str(weights)).stem]
+        if own:
+            schema, where = model.split(":", 1)
+            parts = [Path(where).name if schema == "local-dir" else where]
+        if model.startswith("local-dir:") or (not own and Path(str(weights)).is_file()):
             parts.append(fingerprint(self.network, self.preprocess))
-        self.name = "-".join(["clip", *parts, *(["unit"] if unit else [])])
+        self.name = "-".join(["clip", *parts, *(["unit"] if unit else [])]).replace("/", "-")
 
     def __call__(self, images: Tensor) -> Tensor:
         """Image features (N, D) float32 of images (N, 3, H, W) uint8; of their own length unless `unit`."""

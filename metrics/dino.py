@@ -49,9 +49,9 @@ class Dino:
         if missing := sorted(found["missing_keys"]):
             raise ValueError(f"dino: {source} lacks weights of its own configuration, e.g. {missing[0]}")
         self.network = network.to(device).eval().requires_grad_(False)
-        self.name = f"dino-{Path(source).name}"
+        self.name = f"dino-{source}".replace("/", "-")
         if Path(source).is_dir():
-            self.name += f"-{fingerprint(network, self.processor.to_dict())}"
+            self.name = f"dino-{Path(source).name}-{fingerprint(network, self.processor.to_dict())}"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features (N, D) float32 of images (N, 3, H, W) uint8."""

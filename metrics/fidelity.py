@@ -12,11 +12,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fewstep.metrics.networks import in_batches
 from fewstep.metrics.pixels import image_psnr
 from fewstep.samplers.compat import declare_torchvision_operators
 
 Pairs = Callable[[Tensor, Tensor], Tensor]
 """Images (N, 3, H, W) uint8 and as many others to values (N,): an `Lpips`, `Clip.similarity`."""
+
+BATCH = 16
+"""Images that are compared at once: SSIM holds over ten copies of them in float32."""
 
 
 def ssim(images: Tensor, target: Tensor) -> Tensor:
@@ -56,4 +60,8 @@ def fidelity(
         raise ValueError(f"images must be (N, 3, H, W) or (N, F, 3, H, W); got {tuple(images.shape)}")
     measures = {"psnr": image_psnr, "ssim": ssim, "lpips": lpips, "clip_similarity": clip_similarity}
     flat = [x.flatten(0, -4) for x in (images, target)]
-    return {name: pairs(*flat).double().view(len(images), -1).mean(1) for name, pairs in measures.items() if pairs}
+    return {
+        name: in_batches(pairs, BATCH, *flat).double().view(len(images), -1).mean(1)
+        for name, pairs in measures.items()
+        if pairs
+    }

@@ -21,7 +21,7 @@ def mean_error(values: Tensor) -> tuple[float, float]:
 
 
 class Scores:
-    """Values by name and key. Small and picklable: processes send it whole, and one of them merges."""
+    """Values by name and key. Small and picklable: processes send it whole, and one of them adds."""
 
     def __init__(self) -> None:
         self.values: dict[str, dict[int, float]] = defaultdict(dict)
@@ -40,10 +40,13 @@ class Scores:
                     raise ValueError(f"{name}: the value of number {key} is {value}; its image or features are broken")
                 self.values[name][key] = value
 
-    def merge(self, other: Scores) -> None:
-        """Take in what another process saw."""
-        for name, column in other.values.items():
-            self.values[name].update(column)
+    def __add__(self, other: Scores) -> Scores:
+        """Both together, as of two processes."""
+        both = Scores()
+        for part in (self, other):
+            for name, column in part.values.items():
+                both.values[name].update(column)
+        return both
 
     def keys(self, name: str) -> list[int]:
         """Keys that have a value of this name, in order."""

@@ -71,8 +71,8 @@ def consistency(features: Tensor) -> Tensor:
 def motion(clips: Tensor) -> Tensor:
     """Mean absolute difference of consecutive frames, grey levels 0..255, of each clip, (N,) float64; 0 when still."""
     check_clips(clips)
-    steps = [(b.double() - a.double()).abs().mean((1, 2, 3)) for a, b in _steps(clips)]
-    return torch.stack(steps, 1).mean(1)
+    total = torch.stack([(b.short() - a.short()).abs().sum((1, 2, 3)) for a, b in _steps(clips)], 1).sum(1)
+    return total.double() / clips[0, 1:].numel()
 
 
 def flow_motion(flow: Flow, clips: Tensor) -> Tensor:

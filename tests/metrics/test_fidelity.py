@@ -76,8 +76,7 @@ def test_batches_and_processes_do_not_matter(networks):
     whole.update(range(6), **fidelity(images, TARGET, **networks))
     for process, rows in ((one, [5]), (two, [1, 2, 3]), (one, [4, 0])):
         process.update(rows, **fidelity(images[rows], TARGET[rows], **networks))
-    one.merge(two)
-    figures, expected = one.figures(), whole.figures()
+    figures, expected = (one + two).figures(), whole.figures()
     assert list(expected) == ["psnr", "ssim", "lpips", "clip_similarity"]
     for name, (value, error) in expected.items():
         assert figures[name] == (pytest.approx(value, rel=1e-5), pytest.approx(error, rel=1e-3))

@@ -26,10 +26,11 @@ def test_order_batches_processes_and_repetition_do_not_matter():
     one, two = Scores(), Scores()
     for process, rows in ((one, order[:1]), (one, order[1:6]), (two, order[6:8]), (two, [*order[8:], order[0]])):
         process.update(rows, x=values[rows], y=-values[rows])
-    one.merge(pickle.loads(pickle.dumps(two)))
-    assert one.figures() == whole.figures()
-    assert one.keys("x") == list(range(11))
-    assert torch.equal(one.column("x"), values)
+    both = one + pickle.loads(pickle.dumps(two))
+    assert both.figures() == (two + one).figures() == whole.figures()
+    assert both.keys("x") == list(range(11))
+    assert torch.equal(both.column("x"), values)
+    assert len(one.keys("x")) == 6
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
