@@ -1,17 +1,29 @@
-"""Frechet distance between two sets of feature vectors, and bootstrap standard errors.
+"""Frechet distance between two sets of feature vectors, its standard error, and its limit for infinitely many.
 
 d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the sets' means and covariances (arXiv:1706.08500), in float64.
-At finite N it is biased upwards, by more the more dimensions there are: compare sets of one size, and take away the
-distance of two real sets of that size.
+At finite N it is biased upwards, by more the more dimensions there are: compare sets of one size, take away the
+distance of two real sets of that size, or extrapolate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import warnings
+from collections.abc import Callable, Iterable
+from functools import cache, reduce
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Gaussian(Protocol):
+    """What a distance needs: mean (D,) and covariance (D, D), float64."""
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    @property
+    def covariance(self) -> Tensor: ...
 
 
 class Moments(NamedTuple):
@@ -46,21 +58,114 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(n, a.mean + gap * (b.n / n), scatter)
 
 
+class Running:
+    """Moments of features that arrive in parts, in interleaved groups: of images g, g + groups, g + 2 groups, ...
+
+    The groups give the standard error and the extrapolation without any feature being kept. Memory is
+    8 groups D^2 bytes whatever N is (0.34 GB for 10 groups of 2048 features), and the bits do not depend on the parts.
+
+    Args:
+        features: name of the feature space; states of two spaces do not add.
+        groups: 1 where only the distance is wanted.
+    """
+
+    BLOCK = 400
+    """Rows of a group that are added at once: an update of every group for every batch would cost more than the network."""
+
+    def __init__(self, features: str = "", groups: int = 10):
+        self.features = features
+        self.n = 0
+        self._groups: list[Moments | None] = [None] * groups
+        self._waiting: list[Tensor] = []
+
+    def update(self, features: Tensor) -> None:
+        """Add features (B, D) of the next images. Raises ValueError for another D, NaN or infinity."""
+        if features.ndim != 2:
+            raise ValueError(f"features must be (B, D); got {tuple(features.shape)}")
+        if not features.isfinite().all():
+            raise ValueError(f"features {self.features} of images {self.n} to {self.n + len(features)} are not finite")
+        known = [*self._waiting[:1], *(g.mean for g in self._groups[:1] if g is not None)]
+        if known and known[0].shape[-1] != features.shape[1]:
+            raise ValueError(f"features of {features.shape[1]} dimensions after others of {known[0].shape[-1]}")
+        self.n += len(features)
+        # float64 sums on the CPU, which every machine has
+        self._waiting.append(features.detach().cpu())
+        block = self.BLOCK * len(self._groups)
+        if sum(map(len, self._waiting)) < block:
+            return
+        *full, rest = torch.cat(self._waiting).split(block)
+        if len(rest) == block:
+            full, rest = [*full, rest], rest[:0]
+        for rows in full:
+            self._groups = self._with(rows)
+        self._waiting = [rest.clone()] if len(rest) else []
+
+    def _with(self, rows: Tensor) -> list[Moments | None]:
+        count = len(self._groups)
+        return [_joined(group, rows[g::count]) for g, group in enumerate(self._groups)]
+
+    def groups(self) -> list[Moments]:
+        """Moments of each group that has images."""
+        every = self._with(torch.cat(self._waiting)) if self._waiting else self._groups
+        return [group for group in every if group is not None]
+
+    def moments(self) -> Moments:
+        """Moments of all images. Raises ValueError where there are none."""
+        groups = self.groups()
+        if not groups:
+            raise ValueError(f"no features {self.features} were seen")
+        return reduce(merge, groups)
+
+    def __add__(self, other: Running) -> Running:
+        """Both together, as of two processes."""
+        if (self.features, len(self._groups)) != (other.features, len(other._groups)):
+            raise ValueError(
+                f"states of {self.features} in {len(self._groups)} groups and of {other.features} in "
+                f"{len(other._groups)} do not add"
+            )
+        both = Running(self.features, len(self._groups))
+        both.n = self.n + other.n
+        parts = [s._with(torch.cat(s._waiting)) if s._waiting else s._groups for s in (self, other)]
+        both._groups = [a if b is None else b if a is None else merge(a, b) for a, b in zip(*parts, strict=True)]
+        return both
+
+
+def _joined(group: Moments | None, rows: Tensor) -> Moments | None:
+    if not len(rows):
+        return group
+    return moments(rows) if group is None else merge(group, moments(rows))
+
+
 def root(covariance: Tensor) -> Tensor:
     """Symmetric square root of a positive semidefinite matrix; eigenvalues that rounding made negative count as 0."""
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
-def frechet(a: Moments, b: Moments) -> float:
-    """Squared Frechet distance of two Gaussians with these moments.
+def frechet_to(a: Gaussian) -> Callable[[Gaussian], float]:
+    """Squared Frechet distance to `a`, as a function, which factors the covariance of `a` once.
 
-    tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: unlike
+    With C1 = F F^T, tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of F^T C2 F, which is symmetric: unlike
     the root of C1 C2 this exists for singular covariances, and no imaginary part has to be thrown away.
     """
-    first = root(a.covariance)
-    cross = torch.linalg.eigvalsh(first @ b.covariance @ first).clamp(min=0).sqrt().sum()
-    return ((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross).item()
+    mean, covariance = a.mean, a.covariance
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:  # singular: fewer vectors than dimensions
+        factor = root(covariance)
+
+    def distance(b: Gaussian) -> float:
+        if b.mean.shape != mean.shape:
+            raise ValueError(f"features of {len(mean)} and of {len(b.mean)} dimensions are of two feature spaces")
+        other = b.covariance
+        cross = torch.linalg.eigvalsh(factor.T @ other @ factor).clamp(min=0).sqrt().sum()
+        return ((mean - b.mean).square().sum() + covariance.trace() + other.trace() - 2 * cross).item()
+
+    return distance
+
+
+def frechet(a: Gaussian, b: Gaussian) -> float:
+    """Squared Frechet distance of two Gaussians."""
+    return frechet_to(a)(b)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -77,3 +182,77 @@ def stderr(statistic: Callable[..., float], *sizes: int, resamples: int = 50, se
     generator = torch.Generator().manual_seed(seed)
     values = [statistic(*(torch.randint(n, (n,), generator=generator) for n in sizes)) for _ in range(resamples)]
     return torch.tensor(values, dtype=torch.float64).std().item()
+
+
+def frechet_figure(samples: Running, reference: Gaussian) -> tuple[float, float]:
+    """Squared Frechet distance and its standard error, by leaving out one group of the samples at a time.
+
+    The error is of the samples alone: the reference is taken as given. Warns where the samples are too few.
+    """
+    warn_if_few(samples.moments(), reference)
+    at, everyone = _distances(samples, reference)
+    return at(everyone), _jackknife(at, everyone)
+
+
+def frechet_infinity(samples: Running, reference: Gaussian) -> tuple[float, float]:
+    """Distance of infinitely many samples (FID-infinity, arXiv:1911.07023), and its standard error.
+
+    The bias falls as 1/N: a line in 1/N through the distances at N, N/2 and N/5 (means over disjoint parts, so that
+    every image counts alike) is read off at 0. The reference keeps the bias of its own size.
+    Needs 10 groups; N/5 should still exceed the dimensions.
+    """
+    at, everyone = _distances(samples, reference)
+    if len(everyone) < 10 or samples.n < 40:
+        raise ValueError(f"extrapolation needs 10 groups of 4 images or more; got {len(everyone)} of {samples.n} images")
+    sizes = [group.n for group in samples.groups()]
+
+    def intercept(kept: frozenset[int]) -> float:
+        inverse, distance = [], []
+        for parts in (1, 2, 5):
+            blocks = [frozenset(i for i in kept if i % parts == p) for p in range(parts)]
+            inverse.append(sum(1 / sum(sizes[i] for i in block) for block in blocks) / parts)
+            distance.append(sum(map(at, blocks)) / parts)
+        x, y = torch.tensor(inverse).double(), torch.tensor(distance).double()
+        slope = ((x - x.mean()) * y).sum() / (x - x.mean()).square().sum()
+        return (y.mean() - slope * x.mean()).item()
+
+    return intercept(everyone), _jackknife(intercept, everyone)
+
+
+def _distances(samples: Running, reference: Gaussian) -> tuple[Callable[[frozenset[int]], float], frozenset[int]]:
+    """Distance of some of the groups, each computed once, and all groups."""
+    groups = samples.groups()
+    space = getattr(reference, "features", "")
+    if space and samples.features and space != samples.features:
+        raise ValueError(f"samples seen by {samples.features} cannot be compared with a reference of {space}")
+    distance = frechet_to(reference)
+
+    @cache
+    def at(some: frozenset[int]) -> float:
+        return distance(reduce(merge, (groups[i] for i in sorted(some))))
+
+    return at, frozenset(range(len(groups)))
+
+
+def _jackknife(statistic: Callable[[frozenset[int]], float], everyone: Iterable[int]) -> float:
+    """Standard error by leaving out one group at a time; NaN for a single group."""
+    every = frozenset(everyone)
+    n = len(every)
+    if n < 2:
+        return float("nan")
+    without = torch.tensor([statistic(every - {g}) for g in sorted(every)], dtype=torch.float64)
+    return ((n - 1) / n * (without - without.mean()).square().sum()).sqrt().item()
+
+
+def warn_if_few(samples: Moments, reference: Gaussian) -> None:
+    """Warn below five vectors a dimension (10,000 for Inception's 2048, the least that FID's authors advise)."""
+    n, dimensions = samples.n, len(samples.mean)
+    if n < 5 * dimensions:
+        least = samples.covariance.trace().item() / n
+        singular = "; fewer than dimensions, so the covariance is singular" if n <= dimensions else ""
+        warnings.warn(
+            f"Frechet distance of {n} samples in {dimensions} dimensions: biased upwards, by {least:.3g} for the mean "
+            f"alone and by more for the covariance{singular}; compare it only with distances of {n} samples, take "
+            f"{5 * dimensions} or more, or use frechet_infinity",
+            stacklevel=3,
+        )
