@@ -203,7 +203,9 @@ def frechet_infinity(samples: Running, reference: Gaussian) -> tuple[float, floa
     """
     at, everyone = _distances(samples, reference)
     if len(everyone) < 10 or samples.n < 40:
-        raise ValueError(f"extrapolation needs 10 groups of 4 images or more; got {len(everyone)} of {samples.n} images")
+        raise ValueError(
+            f"extrapolation needs 10 groups of 4 images or more; got {len(everyone)} of {samples.n} images"
+        )
     sizes = [group.n for group in samples.groups()]
 
     def intercept(kept: frozenset[int]) -> float:

@@ -134,7 +134,9 @@ def split_scores(logits: Tensor, splits: int = 10, seed: int | None = 2020) -> T
     scores = []
     for part in (log_p[i * n // splits : (i + 1) * n // splits] for i in range(splits)):
         p = part.exp()
-        scores.append((p * (part - p.mean(0).log())).sum(1).mean().exp())
+        # a class that no image has counts as 0, and not as 0 times infinity
+        q = p.mean(0).clamp(min=torch.finfo(p.dtype).tiny)
+        scores.append((p * (part - q.log())).sum(1).mean().exp())
     return torch.stack(scores)
 
 

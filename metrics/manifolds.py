@@ -51,7 +51,7 @@ def manifolds(samples: Tensor, reference: Tensor, k: int = 3, k_density: int = 5
         inside = square <= wide[columns]
         around[rows] += inside.sum(1)
         covered[columns] |= inside.any(0)
-    found = {"precision": precise, "recall": recalled, "density": around / k_density, "coverage": covered}
+    found = {"precision": precise, "recall": recalled, "density": around.double() / k_density, "coverage": covered}
     return {name: _mean(values) for name, values in found.items()}
 
 

@@ -100,13 +100,14 @@ def save(statistics: Statistics, path: str | Path) -> None:
 def load(path: str | Path) -> Statistics:
     """Read a file of `mu` and `sigma`. Raises ValueError, one line, for one that is not such a file."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("one array, and not an .npz of mu and sigma")
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise ValueError("one array, and not an .npz of mu and sigma")
+        with opened as file:
             if not {"mu", "sigma"} <= set(file.files):
                 raise ValueError(f"holds {', '.join(file.files) or 'nothing'}, and neither mu nor sigma or only one")
-            mean, covariance = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
-            n, features, content = (file[k].item() if k in file.files else d for k, d in _TOLD.items())
+            mean, covariance = (torch.from_numpy(np.asarray(file[key]).astype(np.float64)) for key in ("mu", "sigma"))
+            n, features, content = (np.asarray(file[k]).item() if k in file.files else d for k, d in _TOLD.items())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file of reference statistics") from None
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
