@@ -8,7 +8,7 @@ distance of two real sets of that size, or extrapolate.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, reduce
 from typing import NamedTuple, Protocol
 
@@ -59,10 +59,11 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 class Running:
-    """Moments of features that arrive in parts, in interleaved groups: of images g, g + groups, g + 2 groups, ...
+    """Moments of features that arrive in parts, in groups: images g, g + groups, g + 2 groups, ... of the set.
 
     The groups give the standard error and the extrapolation without any feature being kept. Memory is
     8 groups D^2 bytes whatever N is (0.34 GB for 10 groups of 2048 features), and the bits do not depend on the parts.
+    Small enough to be pickled; processes send it, and the sum of theirs is the state of one that saw every image.
 
     Args:
         features: name of the feature space; states of two spaces do not add.
@@ -70,44 +71,65 @@ class Running:
     """
 
     BLOCK = 400
-    """Rows of a group that are added at once: an update of every group for every batch would cost more than the network."""
+    """Rows of a group added at once: an update of every group for every batch would cost more than the network."""
 
     def __init__(self, features: str = "", groups: int = 10):
         self.features = features
         self.n = 0
         self._groups: list[Moments | None] = [None] * groups
-        self._waiting: list[Tensor] = []
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, features: Tensor) -> None:
-        """Add features (B, D) of the next images. Raises ValueError for another D, NaN or infinity."""
+    def update(self, features: Tensor, keys: Sequence[int] | None = None) -> None:
+        """Add features (B, D) of images that were not seen before.
+
+        Args:
+            features: of the next images.
+            keys: their numbers in the set, which decide the groups; None: the next ones. Give them where processes
+                share a set, and the standard error too is that of one process.
+
+        Raises:
+            ValueError: another D than before, features that are not finite, or another number of keys.
+        """
         if features.ndim != 2:
             raise ValueError(f"features must be (B, D); got {tuple(features.shape)}")
         if not features.isfinite().all():
             raise ValueError(f"features {self.features} of images {self.n} to {self.n + len(features)} are not finite")
-        known = [*self._waiting[:1], *(g.mean for g in self._groups[:1] if g is not None)]
-        if known and known[0].shape[-1] != features.shape[1]:
-            raise ValueError(f"features of {features.shape[1]} dimensions after others of {known[0].shape[-1]}")
+        if self._width not in (None, features.shape[1]):
+            raise ValueError(f"features of {features.shape[1]} dimensions after others of {self._width}")
+        numbers = torch.arange(self.n, self.n + len(features)) if keys is None else torch.as_tensor(keys)
+        if numbers.shape != features.shape[:1]:
+            raise ValueError(f"needs one key for each of {len(features)} images; got {tuple(numbers.shape)}")
         self.n += len(features)
         # float64 sums on the CPU, which every machine has
-        self._waiting.append(features.detach().cpu())
+        self._waiting.append((features.detach().cpu(), numbers % len(self._groups)))
         block = self.BLOCK * len(self._groups)
-        if sum(map(len, self._waiting)) < block:
+        if sum(len(rows) for rows, _ in self._waiting) < block:
             return
-        *full, rest = torch.cat(self._waiting).split(block)
-        if len(rest) == block:
-            full, rest = [*full, rest], rest[:0]
-        for rows in full:
-            self._groups = self._with(rows)
-        self._waiting = [rest.clone()] if len(rest) else []
+        rows, group = self._seen()
+        full = len(rows) // block * block
+        for start in range(0, full, block):
+            self._groups = self._with(rows[start : start + block], group[start : start + block])
+        self._waiting = [(rows[full:].clone(), group[full:].clone())]
 
-    def _with(self, rows: Tensor) -> list[Moments | None]:
-        count = len(self._groups)
-        return [_joined(group, rows[g::count]) for g, group in enumerate(self._groups)]
+    @property
+    def _width(self) -> int | None:
+        known = [rows for rows, _ in self._waiting] + [g.scatter for g in self._groups if g is not None]
+        return known[0].shape[1] if known else None
+
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        """Rows that are not in the groups yet, and their groups."""
+        rows, group = zip(*self._waiting, strict=True)
+        return torch.cat(rows), torch.cat(group)
+
+    def _with(self, rows: Tensor, group: Tensor) -> list[Moments | None]:
+        return [_joined(known, rows[group == g]) for g, known in enumerate(self._groups)]
+
+    def _all(self) -> list[Moments | None]:
+        return self._with(*self._seen()) if self._waiting else self._groups
 
     def groups(self) -> list[Moments]:
         """Moments of each group that has images."""
-        every = self._with(torch.cat(self._waiting)) if self._waiting else self._groups
-        return [group for group in every if group is not None]
+        return [group for group in self._all() if group is not None]
 
     def moments(self) -> Moments:
         """Moments of all images. Raises ValueError where there are none."""
@@ -117,7 +139,7 @@ class Running:
         return reduce(merge, groups)
 
     def __add__(self, other: Running) -> Running:
-        """Both together, as of two processes."""
+        """Both together, as of two processes. Raises ValueError for other features or groups."""
         if (self.features, len(self._groups)) != (other.features, len(other._groups)):
             raise ValueError(
                 f"states of {self.features} in {len(self._groups)} groups and of {other.features} in "
@@ -125,8 +147,8 @@ class Running:
             )
         both = Running(self.features, len(self._groups))
         both.n = self.n + other.n
-        parts = [s._with(torch.cat(s._waiting)) if s._waiting else s._groups for s in (self, other)]
-        both._groups = [a if b is None else b if a is None else merge(a, b) for a, b in zip(*parts, strict=True)]
+        pairs = zip(self._all(), other._all(), strict=True)
+        both._groups = [a if b is None else b if a is None else merge(a, b) for a, b in pairs]
         return both
 
 
@@ -197,26 +219,23 @@ def frechet_figure(samples: Running, reference: Gaussian) -> tuple[float, float]
 def frechet_infinity(samples: Running, reference: Gaussian) -> tuple[float, float]:
     """Distance of infinitely many samples (FID-infinity, arXiv:1911.07023), and its standard error.
 
-    The bias falls as 1/N: a line in 1/N through the distances at N, N/2 and N/5 (means over disjoint parts, so that
-    every image counts alike) is read off at 0. The reference keeps the bias of its own size.
-    Needs 10 groups; N/5 should still exceed the dimensions.
+    The bias falls as 1/N: the line in 1/N through the distance of all samples and the mean distance of their halves is
+    read off at 0. The paper fits more and smaller sizes; below a few samples a dimension the bias is no line in 1/N, and
+    disjoint halves count every image alike. The reference keeps the bias of its own size.
+
+    Raises:
+        ValueError: fewer than 4 groups of samples, or than 20 samples.
     """
     at, everyone = _distances(samples, reference)
-    if len(everyone) < 10 or samples.n < 40:
-        raise ValueError(
-            f"extrapolation needs 10 groups of 4 images or more; got {len(everyone)} of {samples.n} images"
-        )
+    if len(everyone) < 4 or samples.n < 20:
+        raise ValueError(f"extrapolation needs 4 groups of 5 images or more; got {len(everyone)} of {samples.n} images")
     sizes = [group.n for group in samples.groups()]
 
     def intercept(kept: frozenset[int]) -> float:
-        inverse, distance = [], []
-        for parts in (1, 2, 5):
-            blocks = [frozenset(i for i in kept if i % parts == p) for p in range(parts)]
-            inverse.append(sum(1 / sum(sizes[i] for i in block) for block in blocks) / parts)
-            distance.append(sum(map(at, blocks)) / parts)
-        x, y = torch.tensor(inverse).double(), torch.tensor(distance).double()
-        slope = ((x - x.mean()) * y).sum() / (x - x.mean()).square().sum()
-        return (y.mean() - slope * x.mean()).item()
+        halves = [frozenset(i for i in kept if i % 2 == p) for p in (0, 1)]
+        whole, half = 1 / sum(sizes[i] for i in kept), sum(1 / sum(sizes[i] for i in h) for h in halves) / 2
+        slope = (sum(map(at, halves)) / 2 - at(kept)) / (half - whole)
+        return at(kept) - slope * whole
 
     return intercept(everyone), _jackknife(intercept, everyone)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.metrics.mmd import check
 
 TILE = 2048
-"""Rows and columns of the distances in memory: about 0.1 GB at 2048 features beside the features themselves."""
+"""Rows and columns of the distances in memory: 0.2 GB at 2048 features beside the features themselves."""
 
 
 def manifolds(samples: Tensor, reference: Tensor, k: int = 3, k_density: int = 5) -> dict[str, tuple[float, float]]:

@@ -68,6 +68,19 @@ def test_cmmd_of_a_set_with_itself_is_nothing_and_does_not_see_order():
     assert cmmd(x, y)[0] == pytest.approx(cmmd(x.flip(0), y.flip(0))[0], rel=1e-9)
 
 
+@pytest.mark.parametrize("tile", [2048, 7])
+def test_error_of_cmmd_leaves_out_every_tenth_image(tile):
+    """Of one set at a time; variances of independent sets add."""
+    x, y = normal(33, 3, seed=7), normal(26, 3, seed=8) + 0.5
+    variance = 0.0
+    for side in (0, 1):
+        kept = [torch.arange(len((x, y)[side])) % 10 != g for g in range(10)]
+        pairs = [(x[k], y) if side == 0 else (x, y[k]) for k in kept]
+        without = torch.tensor([direct(a, b, 1) for a, b in pairs]).double()
+        variance += 0.9 * (without - without.mean()).square().sum().item()
+    assert cmmd(x, y, sigma=1, scale=1, tile=tile)[1] == pytest.approx(math.sqrt(variance), rel=1e-6)
+
+
 def test_error_of_cmmd_is_the_spread_of_repeated_sets():
     found = [cmmd(normal(300, 3, seed=s) + 1, normal(200, 3, seed=1000 + s), sigma=1, scale=1) for s in range(40)]
     values, errors = (torch.tensor(part) for part in zip(*found, strict=True))
