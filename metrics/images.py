@@ -95,16 +95,17 @@ def _rgb(image: Image.Image) -> np.ndarray:
 def to_uint8(images: Tensor) -> Tensor:
     """Images of any shape, uint8 or float in 0..1, as uint8, rounded to the nearest level as files are.
 
+    Outside of 0..1 by less than half a level is rounding of a decoder, by more an error.
     torchmetrics' `normalize=True` cuts off instead, and is half a level darker.
     """
     if images.dtype == torch.uint8:
         return images
     if not images.is_floating_point():
         raise ValueError(f"images must be uint8 or float in 0..1; got {images.dtype}")
-    images = images.float()
-    if not ((images >= 0) & (images <= 1)).all():  # false for NaN as well
+    levels = (images.float() * 255).round()
+    if not ((levels >= 0) & (levels <= 255)).all():  # false for NaN as well
         raise ValueError(f"float images must lie in 0..1; got {images.min():g} to {images.max():g}")
-    return (images * 255).round().to(torch.uint8)
+    return levels.to(torch.uint8)
 
 
 def batches(source: Source, size: int = 64, threads: int = 4) -> Iterator[Tensor]:

@@ -211,4 +211,4 @@ def test_inceptions_dimensions_take_seconds():
     b = Moments(a.n, a.mean + 0.5, a.scatter * 4)  # C2 = 4 C1: |m|^2 + tr C1
     began = time.process_time()
     assert frechet(a, b) == pytest.approx(2048 * 0.25 + a.covariance.trace().item(), rel=1e-9)
-    assert time.process_time() - began < 6
+    assert time.process_time() - began < 10  # of all cores

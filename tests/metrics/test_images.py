@@ -159,6 +159,7 @@ def test_float_images_are_rounded_as_files_are():
     assert torch.equal(to_uint8(levels.float() / 255), levels)
     assert torch.equal(to_uint8(levels.float() / 255 + 0.4 / 255 * (levels < 255)), levels)
     assert to_uint8(levels) is levels
+    assert to_uint8(torch.tensor([-1e-7, 1 + 1e-6])).tolist() == [0, 255]
     parts = list(batches((levels.float() / 255).view(1, 1, 16, 16).expand(5, 3, 16, 16), 2))
     assert [len(part) for part in parts] == [2, 2, 1]
     assert torch.equal(parts[0][0, 2].flatten(), levels)
