@@ -99,8 +99,10 @@ def stock_images(
     wanted: dict[str, Any] = {k: v for k, v in size.items() if v is not None}
     if "prompt" in takes:
         wanted |= {"prompt": list(prompts), "guidance_scale": guidance_scale, "output_type": "pt"}
-        if guidance_scale > 1:
+        if guidance_scale > 1 and negative_prompt:  # without one SDXL takes zeros, not the embedding of ""
             wanted["negative_prompt"] = [negative_prompt] * len(prompts)
+        if "use_resolution_binning" in takes:
+            wanted["use_resolution_binning"] = False  # the size that was asked, not the nearest of a list
     else:
         wanted |= {"batch_size": len(prompts), "output_type": "np"}
     unknown = [k for k in wanted if k not in takes]

@@ -23,8 +23,11 @@ from fewstep.samplers.manifest import (
 
 FAMILIES = {  # _class_name in model_index.json
     "DDPMPipeline": "fewstep.samplers.denoisers.unet2d:UNet2D",
+    "FluxPipeline": "fewstep.samplers.denoisers.flux:Flux",
+    "SanaPipeline": "fewstep.samplers.denoisers.sana:Sana",
     "StableDiffusionPipeline": "fewstep.samplers.denoisers.stable_diffusion:StableDiffusion",
     "StableDiffusion3Pipeline": "fewstep.samplers.denoisers.stable_diffusion_3:StableDiffusion3",
+    "StableDiffusionXLPipeline": "fewstep.samplers.denoisers.stable_diffusion_xl:StableDiffusionXL",
     "WanPipeline": "fewstep.samplers.denoisers.wan:Wan",
 }
 

@@ -73,7 +73,8 @@ def stock(denoiser: Denoiser, plans: Mapping[int, SamplingPlan]) -> tuple[Any, d
         )
     for steps, plan in plans.items():
         _refuse(steps, plan, denoiser)
-    guidance = {steps: _guidance(steps, plan, denoiser) for steps, plan in plans.items()}
+    own_size = {"use_resolution_binning": False} if "use_resolution_binning" in _takes(denoiser) else {}
+    guidance = {steps: own_size | _guidance(steps, plan, denoiser) for steps, plan in plans.items()}
     expressed: set[int] = set()
     for scheduler in _schedulers(denoiser, plans):
         calls = {}
@@ -113,7 +114,9 @@ def _refuse(steps: int, plan: SamplingPlan, denoiser: Denoiser) -> None:
         why = "changes the student on the way"
     elif plan.rule in ("tcd", "same_noise") and len(plan.steps) > 1:
         why = f"uses rule {plan.rule}"
-    elif plan.initial_scale != 1 and not hasattr(denoiser.pipeline, "prepare_extra_step_kwargs"):
+    elif plan.initial_scale != 1 and (
+        isinstance(denoiser.noise, Flow) or not hasattr(denoiser.pipeline, "prepare_extra_step_kwargs")
+    ):
         why = f"starts from noise scaled by {plan.initial_scale:g}"
     if why:
         raise UserError(f"plan of {steps} steps: {why}, which no stock scheduler of {_class(denoiser)} does")
@@ -131,6 +134,12 @@ def _guidance(steps: int, plan: SamplingPlan, denoiser: Denoiser) -> dict[str, f
         if plan.embedded_guidance is None or any(s != 1 for s in scales):
             raise UserError(f"{where} must be the network's input alone (embedded_guidance, and guidance_scale 1)")
         return {"guidance_scale": plan.embedded_guidance}
+    if "true_cfg_scale" in takes:  # its guidance_scale is the input that this network lacks
+        if any(s != 1 for s in scales):
+            raise UserError(
+                f"{where} {sorted(set(scales))}: {_class(denoiser)} guides this network by true_cfg_scale only"
+            )
+        return {}
     groups: dict[str, list[float]] = {"guidance_scale": scales}
     boundary = getattr(denoiser.pipeline.config, "boundary_ratio", None)
     if boundary is not None and "guidance_scale_2" in takes:

@@ -13,9 +13,16 @@ from fewstep.samplers.load import denoiser_of
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
 from tests.pipelines import PROMPTS, tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
+from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
 SIZE = {"height": 64, "width": 64, "frames": 5}
 """Of a tiny clip."""
+SIZES: dict[str, dict[str, int]] = {
+    "wan": SIZE,
+    "flux": {"height": 16, "width": 16},
+    "sana": {"height": 32, "width": 32},
+}
+"""Where the pipeline's own size is large."""
 
 
 @cache
@@ -24,18 +31,20 @@ def family(name: str) -> Denoiser:
     build: dict[str, Callable[[], Any]] = {
         "stable_diffusion": lambda: tiny_stable_diffusion(prediction_type="v_prediction"),
         "stable_diffusion_3": tiny_stable_diffusion_3,
+        "stable_diffusion_xl": tiny_stable_diffusion_xl,
+        "flux": tiny_flux,
+        "sana": tiny_sana,
         "wan": lambda: tiny_wan(two_transformers=True),
         "unet2d": tiny_ddpm,
     }
     return denoiser_of(build[name]())
 
 
-FAMILIES = ("stable_diffusion", "stable_diffusion_3", "wan", "unet2d")
-PROMPTED = FAMILIES[:3]
+PROMPTED = ("stable_diffusion", "stable_diffusion_3", "stable_diffusion_xl", "flux", "sana", "wan")
+FAMILIES = (*PROMPTED, "unet2d")
 
 
 def inputs(name: str, rows: int = 2) -> tuple[Denoiser, Tensor, Any]:
     denoiser = family(name)
-    shape = denoiser.latent_shape(**SIZE) if name == "wan" else denoiser.latent_shape()
-    x = randn((rows, *shape), generators(range(rows)))
+    x = randn((rows, *denoiser.latent_shape(**SIZES.get(name, {}))), generators(range(rows)))
     return denoiser, x, denoiser.encode([PROMPTS[i % 2] for i in range(rows)], "blurry")

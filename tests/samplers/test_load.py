@@ -16,11 +16,15 @@ from fewstep.samplers.load import FAMILIES, class_of, denoiser_of, family, load,
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
 from tests.pipelines import PROMPTS, tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
+from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
 BUILDERS: dict[str, Callable[..., Any]] = {
     "DDPMPipeline": tiny_ddpm,
+    "FluxPipeline": tiny_flux,
+    "SanaPipeline": tiny_sana,
     "StableDiffusionPipeline": tiny_stable_diffusion,
     "StableDiffusion3Pipeline": tiny_stable_diffusion_3,
+    "StableDiffusionXLPipeline": tiny_stable_diffusion_xl,
     "WanPipeline": tiny_wan,
 }
 
@@ -55,7 +59,8 @@ def test_a_saved_pipeline_loads_as_it_was(name: str, tmp_path: Path):
     assert class_of(tmp_path) == name
     disk = load(tmp_path)
     assert type(disk) is family(name)
-    size = {"height": 64, "width": 64, "frames": 5} if name == "WanPipeline" else {}
+    small = {"height": 64, "width": 64}
+    size = {"WanPipeline": {**small, "frames": 5}, "FluxPipeline": small, "SanaPipeline": small}.get(name, {})
     x = randn((2, *memory.latent_shape(**size)), generators([0, 1]))
     t = torch.tensor([0.9, 0.4])
     torch.testing.assert_close(
