@@ -20,7 +20,7 @@ from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.noise import Discrete, Flow, NoiseProcess
 from fewstep.samplers.plan import SamplingPlan, generators, sample
-from fewstep.samplers.rules import randn
+from fewstep.samplers.rules import add_noise, randn
 
 TOLERANCE = 1e-5  # relative; a neighbouring level of a thousand is off by 1e-3
 
@@ -226,7 +226,7 @@ class _Toy:
     """In place of a denoiser: a raw prediction that depends on x_t and on the time told, bounded."""
 
     def __init__(self, noise: NoiseProcess):
-        self.noise, self.device = noise, torch.device("cpu")
+        self.noise, self.device, self.add_noise = noise, torch.device("cpu"), add_noise
 
     def __call__(self, x_t: Tensor, time: Tensor) -> Tensor:
         return torch.tanh(x_t) * (1 + time.float() / 1000)

@@ -16,6 +16,7 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.features import captured, quarters
 from fewstep.samplers.forward_mode import forward_mode
 from fewstep.samplers.noise import NoiseProcess, from_scheduler
+from fewstep.samplers.rules import add_noise
 
 
 class Denoiser(ABC):
@@ -104,6 +105,10 @@ class Denoiser(ABC):
     @abstractmethod
     def to_images(self, latents: Tensor) -> Tensor:
         """Latents to images or clips, 0..1 but unclamped, differentiable."""
+
+    def add_noise(self, mean: Tensor, std: Tensor | float, random: list[torch.Generator]) -> Tensor:
+        """`rules.add_noise`, the noise in the layout in which the pipeline's scheduler draws it: one seed, one sample."""
+        return add_noise(mean, std, random)
 
     @property
     def feature_blocks(self) -> tuple[str, ...]:

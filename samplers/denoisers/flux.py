@@ -13,6 +13,17 @@ from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser, pipeline_size
 from fewstep.samplers.denoisers.vae import images_of_latents, latents_of_images
 from fewstep.samplers.noise import NoiseProcess, from_scheduler
+from fewstep.samplers.rules import add_noise
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Latents (B, C, height, width) to tokens (B, height / 2 * width / 2, 4 C), as the pipeline packs them."""
+    return pixel_unshuffle(latents, 2).flatten(2).mT
+
+
+def unpacked(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `packed`, for latents of a shape (B, C, height, width)."""
+    return pixel_shuffle(tokens.mT.unflatten(2, (shape[-2] // 2, shape[-1] // 2)), 2)
 
 
 class Flux(Denoiser):
@@ -58,17 +69,19 @@ class Flux(Denoiser):
         if self.takes_guidance:
             told = torch.ones(len(x_t)) if condition.guidance is None else condition.guidance
             tensors["guidance"] = told.to(device, dtype)
-        rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
-        places = torch.cartesian_prod(torch.zeros(1, device=device), rows.float(), columns.float())
+        places = torch.cartesian_prod(*(torch.arange(n, device=device) for n in (1, height, width)))
         output = network(
-            hidden_states=pixel_unshuffle(x_t.to(dtype), 2).flatten(2).mT,
+            hidden_states=packed(x_t.to(dtype)),
             timestep=time / 1000,
-            img_ids=places,
+            img_ids=places.float(),
             txt_ids=torch.zeros(tensors["encoder_hidden_states"].shape[1], 3, device=device),
             return_dict=False,
             **tensors,
         )[0]
-        return pixel_shuffle(output.mT.unflatten(2, (height, width)), 2)
+        return unpacked(output, x_t.shape)
+
+    def add_noise(self, mean: Tensor, std: Tensor | float, random: list[torch.Generator]) -> Tensor:
+        return unpacked(add_noise(packed(mean), std, random), mean.shape)  # the scheduler steps packed latents
 
     def latent_shape(
         self, height: int | None = None, width: int | None = None, frames: int | None = None
