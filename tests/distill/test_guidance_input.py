@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from fewstep.distill.methods.consistency import Draws
 from fewstep.distill.random import Rngs
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
-from tests.distill.gaussian import PROCESSES, Teacher, calls, under_training
+from tests.distill.gaussian import PROCESSES, Teacher, calls, method, under_training
 from tests.distill.test_consistency import batch_of, jumping, lcm, loss
 from tests.distill.test_distribution_matching import LEVELS, direction, dmd2, prompts_of
 
@@ -63,8 +65,16 @@ def test_lcm(tmp_path: Path):
     assert lcm(tmp_path, teacher, guidance_scale=SCALE, guidance_scale_max=7.0).plan(1).embedded_guidance == 5
 
 
+def test_pretrain(tmp_path: Path):
+    """What it declares is told the scale, not guided by two calls; without one 1, as in training."""
+    for scale, expected in ((2.0, 2.0), (None, 1.0)):
+        made = method(tmp_path, told("flow"), method="pretrain", validation_guidance_scale=scale)
+        plan = made.plan(50)
+        assert (plan.embedded_guidance, plan.nfe) == (expected, 50)
+
+
 @pytest.mark.parametrize("build", [dmd2, lcm])
-def test_the_teacher_is_one_call(build, tmp_path: Path):
+def test_the_teacher_is_one_call(build: Callable[..., Any], tmp_path: Path):
     """Rows through the networks in an iteration, divided by the batch, as declared."""
     teacher = told("flow")
     made = build(tmp_path, teacher, guidance_scale=SCALE, train_batch_size=2)

@@ -72,7 +72,7 @@ CASES = {
     "sd3-full-dynamic-shift": case(
         tiny_stable_diffusion_3, "full", lambda k: uniform_plan(k, 3.0), 1, 4, dynamic_shift=True
     ),
-    "flux-lora": case(tiny_flux, "lora", lambda k: uniform_plan(k, rule="consistency", embedded_guidance=3.5), 1, 4),
+    "flux-lora": case(tiny_flux, "lora", lambda k: uniform_plan(k, rule="consistency", embedded_guidance=3.5), 1, 2),
     "flux-full-schnell": case(tiny_flux, "full", uniform_plan, 1, 4, guidance_input=False),
     "sana-lora": case(tiny_sana, "lora", renoising, 1, 4),
     "sana-full": case(tiny_sana, "full", lambda k: uniform_plan(k, 3.0), 1, 4),
