@@ -21,8 +21,12 @@ from tests.pipelines import tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffus
 from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
 CLIP = {"height": 64, "width": 64, "num_frames": 5}
-SIZES = {tiny_wan: CLIP, tiny_flux: {"height": 16, "width": 24}, tiny_sana: {"height": 32, "width": 64}}
-"""Where the pipeline's own size is large."""
+SIZES = {tiny_wan: CLIP, tiny_flux: {"height": 16, "width": 32}, tiny_sana: {"height": 32, "width": 64}}
+"""Where the pipeline's own size is large.
+
+Flux's shift depends on it: at this one the scheduler's float32 rounds the levels as ours. One unit in the last place of
+time, 6e-5 radians, is magnified to 1e-4 by random weights.
+"""
 
 
 def lcm(steps: int, guidance: float | None = None) -> SamplingPlan:
@@ -72,7 +76,7 @@ CASES = {
     "sd3-full-dynamic-shift": case(
         tiny_stable_diffusion_3, "full", lambda k: uniform_plan(k, 3.0), 1, 4, dynamic_shift=True
     ),
-    "flux-lora": case(tiny_flux, "lora", lambda k: uniform_plan(k, rule="consistency", embedded_guidance=3.5), 1, 2),
+    "flux-lora": case(tiny_flux, "lora", lambda k: uniform_plan(k, rule="consistency", embedded_guidance=3.5), 1, 4),
     "flux-full-schnell": case(tiny_flux, "full", uniform_plan, 1, 4, guidance_input=False),
     "sana-lora": case(tiny_sana, "lora", renoising, 1, 4),
     "sana-full": case(tiny_sana, "full", lambda k: uniform_plan(k, 3.0), 1, 4),
