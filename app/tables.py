@@ -44,7 +44,7 @@ def methods() -> list[list[str]]:
             for what, c in method.forwards().items()
         ]
         behind = ", ".join(PAPERS[key][0] for key in BEHIND[name])
-        table.append([name, ", ".join(sorted(cls.needs)), trained, "; ".join(costs), behind or "-"])
+        table.append([name, ", ".join(sorted(cls.needs_of(config))), trained, "; ".join(costs), behind or "-"])
     return table
 
 

@@ -11,6 +11,7 @@ from fewstep.distill.config import CONFIGS, METHODS, ConfigError, LCMConfig, Tra
 from fewstep.distill.methods import DISTILLERS
 
 SHIPPED = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
+KNOWN = ", ".join(sorted(METHODS))
 GOOD = {"method": "lcm", "teacher": "folder", "train_data": "images"}
 
 
@@ -25,9 +26,9 @@ def mistakes(values: object, *overrides: str) -> list[str]:
     [
         ({"lerning_rate": 1e-4}, "config: lerning_rate: unknown key; did you mean learning_rate?"),
         ({"xyzzy": 1}, "config: xyzzy: unknown key"),
-        ({"method": "dmd"}, "config: method: 'dmd' is unknown; did you mean dmd2? known: dmd2, lcm, pretrain"),
-        ({"method": None}, "config: method: missing; known: dmd2, lcm, pretrain"),
-        ({"method": ["lcm"]}, "config: method: ['lcm'] is unknown; did you mean lcm? known: dmd2, lcm, pretrain"),
+        ({"method": "dmd"}, f"config: method: 'dmd' is unknown; did you mean dmd2? known: {KNOWN}"),
+        ({"method": None}, f"config: method: missing; known: {KNOWN}"),
+        ({"method": ["lcm"]}, f"config: method: ['lcm'] is unknown; did you mean lcm? known: {KNOWN}"),
         ({"student": "half"}, "config: student: Input should be 'lora' or 'full'; got 'half'"),
         ({"rank": 0}, "config: rank: Input should be greater than or equal to 1; got 0"),
         ({"learning_rate": float("nan")}, "config: learning_rate: Input should be a finite number; got nan"),
