@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 from fewstep.distill.train_config import TrainConfig
 
 Divergence = Literal["reverse_kl", "sid", "sim"]
+Discriminator = Literal["heads", "mean"]
 Weight = Literal["mean_gap", "alpha", "alpha_sigma", "none"]
 FakeScoreWeight = Literal["output", "epsilon", "alpha_epsilon"]
 
@@ -50,6 +51,14 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     fake_train_guidance_scale: float = Field(1.0, description="of the fake score while it is trained")
     prompt_dropout: float = Field(0.0, ge=0, lt=1, description="share of prompts emptied before the student samples")
 
+    gan_weight: float = Field(0.0, ge=0, description="of the GAN's loss in the student's, per sample; 0 = no GAN")
+    discriminator_weight: float = Field(0.01, gt=0, description="of the discriminator's loss in the fake score's")
+    discriminator: Discriminator = Field(
+        "heads", description="on the fake score's features: heads of its own at own levels (DMD2), or their mean (SiD)"
+    )
+    feature_blocks: list[str] | None = Field(None, min_length=1, description="read by it; default: the family's")
+    gan_warmup_steps: int = Field(0, ge=0, description="iterations before the student feels the discriminator")
+
     fake_score_updates: int = Field(5, ge=1, description="fake score updates per student update")
     fake_score_warmup_steps: int = Field(0, ge=0, description="iterations of the fake score alone")
     fake_score_learning_rate: float | None = Field(None, gt=0, description="default: the student's")
@@ -59,6 +68,11 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     fake_score_prompt_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of prompts emptied for the fake score's training alone"
     )
+
+    @property
+    def discriminates(self) -> bool:
+        """Whether the fake score carries a discriminator, which needs images."""
+        return self.gan_weight > 0
 
     @field_validator("max_level")
     @classmethod

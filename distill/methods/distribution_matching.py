@@ -1,8 +1,8 @@
-"""The distribution matching family: DMD2, SiD, few-step SiD (arXiv:2405.14867, 2404.04057, 2406.01561, 2505.12674).
+"""The distribution matching family: DMD2, SiD, SIM, SwiftBrush and what lies between them; papers in `presets.py`.
 
 The student makes a clean sample from its own rollout. Noised to a random level, two denoisers look at it: the teacher
 and a fake score that is trained online on the student's samples. A divergence between the two says where the sample
-should move. A method is a preset of parts (`presets.py`): divergence and weight, policy, guidance of each score.
+should move. A method is a preset of parts: divergence and weight, policy, guidance of each score, a GAN or none.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from fewstep.distill.distiller import Batch, Distiller, Losses, Role
 from fewstep.distill.networks import Networks
-from fewstep.distill.objectives import implicit
+from fewstep.distill.objectives import adversarial, implicit
 from fewstep.distill.objectives.divergence import reverse_kl, sid, sim, spread, surrogate, weighted
 from fewstep.distill.objectives.levels import even_levels, signal_lost, start_scale
 from fewstep.distill.objectives.policy import backward_simulation, drawn_step
 from fewstep.distill.presets import DistributionMatchingConfig
 from fewstep.distill.random import Rngs
-from fewstep.samplers.condition import Condition, dropped
+from fewstep.samplers.condition import Condition, concatenate, dropped
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.noise import expand
 from fewstep.samplers.plan import SamplingPlan, plan_of_levels
@@ -47,12 +47,20 @@ class DistributionMatching(Distiller):
 
     needs = frozenset({"prompts"})
 
+    @classmethod
+    def needs_of(cls, config: DistributionMatchingConfig) -> frozenset[str]:
+        return cls.needs | {"images"} if config.discriminates else cls.needs
+
     def __init__(self, config: DistributionMatchingConfig, networks: Networks):
         self.config = config
         self.teacher = networks.teacher()
         self.student = networks.trained("student")
         self.fake_score = networks.trained("fake_score")
         self.noise = self.student.denoiser.noise
+        self.discriminator: adversarial.Discriminator | None = None
+        if config.discriminates:
+            blocks = config.feature_blocks or ()
+            self.discriminator = adversarial.discriminator(self.fake_score, config.discriminator, blocks, config.seed)
         at_level = config.start == "level"
         self.top = config.init_level or (signal_lost(self.noise) if at_level else 1.0)
         t = self.noise.shift(torch.tensor(self.top, dtype=torch.float64))
@@ -77,6 +85,9 @@ class DistributionMatching(Distiller):
             draws.conditions[role] = condition
             draws.t[role] = self.noise.shift(self.level(role, rng))
             draws.eps[role] = rng.normal(f"{role} noise", batch.shape)
+        for name in self.own_levels(roles):
+            draws.t[name] = self.noise.shift(1 - rng.uniform(f"{name} level"))
+            draws.eps[name] = rng.normal(f"{name} noise", batch.shape)
         if c.fake_score_prompt_dropout and "fake_score" in roles:
             keep = rng.uniform("fake_score dropout") >= c.fake_score_prompt_dropout
             draws.conditions["fake_score"] = dropped(condition, keep)
@@ -92,6 +103,13 @@ class DistributionMatching(Distiller):
         else:
             u = 1 - rng.uniform(f"{role} level") if role == "fake_score" else rng.uniform(f"{role} level")
         return u if role == "fake_score" else c.min_level + (c.max_level - c.min_level) * u
+
+    def own_levels(self, roles: list[str]) -> list[str]:
+        """What heads look at, each at a level and with a noise of its own; `mean` shares those of the role's loss."""
+        if self.discriminator is None or self.config.discriminator == "mean":
+            return []
+        looks = {"student": ["student gan"], "fake_score": ["fake gan", "real gan"]}
+        return [name for role in roles for name in looks[role]]
 
     def rollout(self, batch: Batch, rng: Rngs, graph: bool, condition: Condition | None = None) -> Tensor:
         """The student's x0 at a step of its own sampling that is drawn once for all samples."""
@@ -113,11 +131,50 @@ class DistributionMatching(Distiller):
             error = (output - self.noise.output(x0, eps, t)).square()
             loss = self._fake_score_weighted(error, t).mean()
             yield Losses(loss, {"loss": loss.detach()})
+            if self.discriminator is not None:
+                yield self.discrimination(self.discriminator, batch, draws, condition)
             return
         scale = self.config.guidance_scale if draws.scale is None else draws.scale
         d, r, f = self.direction(x0, t, eps, condition, scale)
+        scalars = {"spread": spread(x0), "gap": (f - r).abs().mean()}
+        if self.discriminator is not None and iteration >= self.config.gan_warmup_steps:
+            g, scalars["gan"] = self.adversarial_direction(self.discriminator, x0, r, draws, condition)
+            d = d + self.config.gan_weight * g
         loss = surrogate(draws.x0, d)
-        yield Losses(loss, {"loss": loss.detach(), "spread": spread(x0), "gap": (f - r).abs().mean()})
+        yield Losses(loss, {"loss": loss.detach(), **scalars})
+
+    def discrimination(
+        self, discriminator: adversarial.Discriminator, batch: Batch, draws: Draws, condition: Condition
+    ) -> Losses:
+        """The student's samples against real images, one batched call; its gradient reaches the fake score, too."""
+        assert batch.x0 is not None
+        names = ("fake gan", "real gan") if "real gan" in draws.t else ("fake_score", "fake_score")
+        t = torch.cat([draws.t[n] for n in names])
+        x_t = self.noise.add(torch.cat([draws.x0.detach(), batch.x0]), torch.cat([draws.eps[n] for n in names]), t)
+        fake, real = discriminator(x_t, t, concatenate([self.told(condition)] * 2)).chunk(2)
+        loss = adversarial.discriminator_loss(fake, real).mean()
+        right = ((fake.detach() < 0).float().mean() + (real.detach() > 0).float().mean()) / 2
+        return Losses(self.config.discriminator_weight * loss, {"gan": loss.detach(), "gan_accuracy": right})
+
+    def adversarial_direction(
+        self, discriminator: adversarial.Discriminator, x0: Tensor, r: Tensor, draws: Draws, condition: Condition
+    ) -> tuple[Tensor, Tensor]:
+        """What the GAN does to the sample at weight 1, without graph; and its loss.
+
+        Diffusion-GAN (`mean`) looks at the x_t of the divergence, has its weight, and bounds its logits.
+        """
+        own = self.config.discriminator == "heads"
+        t, eps = (v["student gan" if own else "student"] for v in (draws.t, draws.eps))
+        told = self.told(condition)
+        g, logits = adversarial.direction(
+            x0, lambda x: discriminator(self.noise.add(x, eps, t), t, told), None if own else 10.0
+        )
+        g = g if own else weighted(g, self.config.weight, x0, r, t, self.noise)
+        return g, adversarial.generator_loss(logits).mean()
+
+    def told(self, condition: Condition) -> Condition:
+        """What the discriminator is told: a fake score trained without prompts is not told one there."""
+        return condition.unconditional() if self.config.fake_train_guidance_scale == 0 else condition
 
     def direction(
         self, x0: Tensor, t: Tensor, eps: Tensor, condition: Condition, scale: float | Tensor
@@ -179,5 +236,7 @@ class DistributionMatching(Distiller):
         )
         teacher = 2 if c.guidance_scale_max is not None else teacher
         scores = (teacher + fake, 0) if c.divergence == "reverse_kl" else (c.split_gradient * fake, teacher + fake)
-        both = {"forward": rollout + scores[0], "backward": 1 + scores[1] + trained}
+        look = self.discriminator is not None  # a call that stops at the deepest block counts as one
+        trained += 2 * look
+        both = {"forward": rollout + scores[0], "backward": 1 + scores[1] + look + trained}
         return {"student and fake_score": both, "fake_score": {"forward": rollout + 1, "backward": trained}}
