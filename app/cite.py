@@ -80,6 +80,12 @@ PAPERS = {
         "SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation",
         ("Thuan Hoang Nguyen", "Anh Tran"),
     ),
+    "uni-instruct": (
+        "2505.20755",
+        "2025",
+        "Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence Instruction",
+        ("Yifei Wang", "Weimin Bai", "Colin Zhang", "Debing Zhang", "Weijian Luo", "He Sun"),
+    ),
 }
 """arXiv number, year, title and authors."""
 
@@ -91,6 +97,7 @@ BEHIND: dict[str, tuple[str, ...]] = {
     "sid_fewstep": ("sid-few", "sid", "sid-lsg"),
     "sim": ("sim",),
     "swiftbrush": ("swiftbrush",),
+    "uni_instruct": ("uni-instruct",),
 }
 """Papers of each method, the first first."""
 

@@ -11,7 +11,9 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from fewstep.distill.train_config import TrainConfig
 
-Divergence = Literal["reverse_kl", "sid", "sim"]
+Divergence = Literal["reverse_kl", "sid", "sim", "f_distill", "uni_instruct"]
+OfRatio = ("f_distill", "uni_instruct")
+"""Divergences that weigh a sample by its density ratio, which a discriminator tells."""
 Discriminator = Literal["heads", "mean"]
 Weight = Literal["mean_gap", "alpha", "alpha_sigma", "none"]
 FakeScoreWeight = Literal["output", "epsilon", "alpha_epsilon"]
@@ -26,6 +28,10 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     distance: Literal["pseudo_huber", "squared", "power"] = Field("pseudo_huber", description="of the scores in SIM")
     huber_c: float = Field(1e-3, gt=0, description="of SIM's distance, in units of an element of the latents")
     distance_power: float = Field(1.0, gt=0, description="exponent of distance: power")
+    f: Literal["rkl", "kl", "jf", "js", "sf", "pearson", "neyman", "sh"] = Field(
+        "js", description="of f_distill and uni_instruct"
+    )
+    exact_divergence: bool = Field(False, description="all terms of uni_instruct's gradient, or the published form")
     split_gradient: bool = Field(True, description="one network's graph at a time, for one more call of the fake score")
 
     steps: list[PositiveInt] = Field(
@@ -72,7 +78,12 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     @property
     def discriminates(self) -> bool:
         """Whether the fake score carries a discriminator, which needs images."""
-        return self.gan_weight > 0
+        return self.gan_weight > 0 or self.divergence in OfRatio
+
+    @property
+    def own_gan_levels(self) -> bool:
+        """Whether it looks at noised samples of its own; a ratio is needed where the scores are compared."""
+        return self.discriminator == "heads" and self.divergence not in OfRatio
 
     @field_validator("max_level")
     @classmethod
@@ -152,11 +163,30 @@ class SIMConfig(DistributionMatchingConfig, frozen=True):
     adam_beta1: float = Field(0.0, ge=0, lt=1)
 
 
+class UniInstructConfig(DistributionMatchingConfig, frozen=True):
+    """An f-divergence expanded along the noise, in one step, with a discriminator's ratio (arXiv:2505.20755)."""
+
+    method: Literal["uni_instruct"]
+    divergence: Divergence = "uni_instruct"
+    steps: list[PositiveInt] = Field([1], min_length=1)
+    start: Literal["noise", "level"] = "level"
+    guidance_scale: float = 1.0
+    gan_weight: float = Field(1e-4, ge=0)
+    discriminator: Discriminator = "mean"
+    discriminator_weight: float = Field(0.5, gt=0)
+    gan_warmup_steps: int = Field(800, ge=0)
+    fake_score_updates: int = Field(1, ge=1)
+    fake_score_warmup_steps: int = Field(400, ge=0)
+    fake_score_weight: FakeScoreWeight = "epsilon"
+    adam_beta1: float = Field(0.0, ge=0, lt=1)
+
+
 PRESETS: dict[str, type[TrainConfig]] = {
     "dmd2": DMD2Config,
     "sid": SiDConfig,
     "sid_fewstep": SiDFewStepConfig,
     "sim": SIMConfig,
     "swiftbrush": SwiftBrushConfig,
+    "uni_instruct": UniInstructConfig,
 }
 """Config of each method of the family."""

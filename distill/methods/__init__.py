@@ -16,6 +16,7 @@ DISTILLERS = {
     "sid_fewstep": MATCHING,
     "sim": MATCHING,
     "swiftbrush": MATCHING,
+    "uni_instruct": MATCHING,
 }
 
 

@@ -17,9 +17,10 @@ from fewstep.distill.distiller import Batch, Distiller, Losses, Role
 from fewstep.distill.networks import Networks
 from fewstep.distill.objectives import adversarial, implicit
 from fewstep.distill.objectives.divergence import reverse_kl, sid, sim, spread, surrogate, weighted
+from fewstep.distill.objectives.f_divergence import density_ratio, uni_instruct, weights
 from fewstep.distill.objectives.levels import even_levels, signal_lost, start_scale
 from fewstep.distill.objectives.policy import backward_simulation, drawn_step
-from fewstep.distill.presets import DistributionMatchingConfig
+from fewstep.distill.presets import DistributionMatchingConfig, OfRatio
 from fewstep.distill.random import Rngs
 from fewstep.samplers.condition import Condition, concatenate, dropped
 from fewstep.samplers.errors import UserError
@@ -105,8 +106,8 @@ class DistributionMatching(Distiller):
         return u if role == "fake_score" else c.min_level + (c.max_level - c.min_level) * u
 
     def own_levels(self, roles: list[str]) -> list[str]:
-        """What heads look at, each at a level and with a noise of its own; `mean` shares those of the role's loss."""
-        if self.discriminator is None or self.config.discriminator == "mean":
+        """What heads look at, each at a level and with a noise of its own; others share those of the role's loss."""
+        if self.discriminator is None or not self.config.own_gan_levels:
             return []
         looks = {"student": ["student gan"], "fake_score": ["fake gan", "real gan"]}
         return [name for role in roles for name in looks[role]]
@@ -134,13 +135,18 @@ class DistributionMatching(Distiller):
             if self.discriminator is not None:
                 yield self.discrimination(self.discriminator, batch, draws, condition)
             return
-        scale = self.config.guidance_scale if draws.scale is None else draws.scale
-        d, r, f = self.direction(x0, t, eps, condition, scale)
-        scalars = {"spread": spread(x0), "gap": (f - r).abs().mean()}
-        if self.discriminator is not None and iteration >= self.config.gan_warmup_steps:
-            g, scalars["gan"] = self.adversarial_direction(self.discriminator, x0, r, draws, condition)
-            d = d + self.config.gan_weight * g
+        c = self.config
+        ratio, g, scalars = None, None, {}
+        if self.discriminator is not None and iteration >= c.gan_warmup_steps:
+            g, logits = self.adversarial_direction(self.discriminator, x0, draws, condition)
+            scalars["gan"] = adversarial.generator_loss(logits).mean()
+            ratio = density_ratio(logits, t) if c.divergence in OfRatio else None
+        scale = c.guidance_scale if draws.scale is None else draws.scale
+        d, r, f = self.direction(x0, t, eps, condition, scale, ratio)
+        if g is not None:  # Diffusion-GAN has the divergence's weight
+            d = d + c.gan_weight * (weighted(g, c.weight, x0, r, t, self.noise) if c.discriminator == "mean" else g)
         loss = surrogate(draws.x0, d)
+        scalars |= {"spread": spread(x0), "gap": (f - r).abs().mean()}
         yield Losses(loss, {"loss": loss.detach(), **scalars})
 
     def discrimination(
@@ -157,30 +163,44 @@ class DistributionMatching(Distiller):
         return Losses(self.config.discriminator_weight * loss, {"gan": loss.detach(), "gan_accuracy": right})
 
     def adversarial_direction(
-        self, discriminator: adversarial.Discriminator, x0: Tensor, r: Tensor, draws: Draws, condition: Condition
-    ) -> tuple[Tensor, Tensor]:
-        """What the GAN does to the sample at weight 1, without graph; and its loss.
+        self, discriminator: adversarial.Discriminator, x0: Tensor, draws: Draws, condition: Condition
+    ) -> tuple[Tensor | None, Tensor]:
+        """What the GAN does to the sample at weight 1, none if its weight is 0, and the logits; without graph.
 
-        Diffusion-GAN (`mean`) looks at the x_t of the divergence, has its weight, and bounds its logits.
+        `mean` bounds its logits.
         """
-        own = self.config.discriminator == "heads"
-        t, eps = (v["student gan" if own else "student"] for v in (draws.t, draws.eps))
+        c = self.config
+        t, eps = (v["student gan" if c.own_gan_levels else "student"] for v in (draws.t, draws.eps))
         told = self.told(condition)
-        g, logits = adversarial.direction(
-            x0, lambda x: discriminator(self.noise.add(x, eps, t), t, told), None if own else 10.0
-        )
-        g = g if own else weighted(g, self.config.weight, x0, r, t, self.noise)
-        return g, adversarial.generator_loss(logits).mean()
+
+        def logits(x: Tensor) -> Tensor:
+            return discriminator(self.noise.add(x, eps, t), t, told)
+
+        if not c.gan_weight:
+            with torch.no_grad():
+                return None, logits(x0)
+        return adversarial.direction(x0, logits, 10.0 if c.discriminator == "mean" else None)
 
     def told(self, condition: Condition) -> Condition:
         """What the discriminator is told: a fake score trained without prompts is not told one there."""
         return condition.unconditional() if self.config.fake_train_guidance_scale == 0 else condition
 
     def direction(
-        self, x0: Tensor, t: Tensor, eps: Tensor, condition: Condition, scale: float | Tensor
+        self,
+        x0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        condition: Condition,
+        scale: float | Tensor,
+        ratio: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the divergence does to the sample, d; the teacher's x0, R; the fake score's, F. All without graph."""
+        """What the divergence does to the sample, d; the teacher's x0, R; the fake score's, F. All without graph.
+
+        `ratio`: r of each sample, (B,), for an f-divergence; none: 1 everywhere.
+        """
         c = self.config
+        of_ratio = weights(torch.ones_like(t) if ratio is None else ratio, c.f)
+        h, slope, curve = (v / of_ratio[0].mean() for v in of_ratio)
 
         def noised(x: Tensor) -> Tensor:
             return self.noise.add(x, eps, t)
@@ -194,16 +214,21 @@ class DistributionMatching(Distiller):
         def potential(x: Tensor, r: Tensor, f: Tensor) -> Tensor:
             if c.divergence == "sid":
                 value = sid(x, r, f, c.sid_alpha)
-            else:
+            elif c.divergence == "sim":
                 value = sim(x, r, f, c.distance, c.huber_c, c.distance_power)
+            else:
+                alpha, sigma = self.noise.levels(t, x)
+                value = uni_instruct(x, r, f, (h, slope, curve), sigma / alpha, c.exact_divergence)
             return weighted(value, c.weight, x, r, t, self.noise)
 
-        if c.divergence != "reverse_kl":
+        if c.divergence not in ("reverse_kl", "f_distill"):
             return implicit.direction(potential, x0, noised, teacher, fake, c.split_gradient)
         with torch.no_grad():
             x_t = noised(x0)
             f, r = fake(x_t), teacher(x_t)
-            return weighted(reverse_kl(r, f), c.weight, x0, r, t, self.noise), r, f
+            d = reverse_kl(r, f)
+            d = d * expand(h, d) if c.divergence == "f_distill" else d
+            return weighted(d, c.weight, x0, r, t, self.noise), r, f
 
     def _fake_score_weighted(self, error: Tensor, t: Tensor) -> Tensor:
         """Squared errors of the output with the weight that makes them those of epsilon, or of alpha epsilon.
@@ -235,8 +260,10 @@ class DistributionMatching(Distiller):
             for scale in (c.guidance_scale, c.fake_guidance_scale, c.fake_train_guidance_scale)
         )
         teacher = 2 if c.guidance_scale_max is not None else teacher
-        scores = (teacher + fake, 0) if c.divergence == "reverse_kl" else (c.split_gradient * fake, teacher + fake)
+        explicit = c.divergence in ("reverse_kl", "f_distill")
+        scores = (teacher + fake, 0) if explicit else (c.split_gradient * fake, teacher + fake)
         look = self.discriminator is not None  # a call that stops at the deepest block counts as one
+        graph = look and c.gan_weight > 0
         trained += 2 * look
-        both = {"forward": rollout + scores[0], "backward": 1 + scores[1] + look + trained}
+        both = {"forward": rollout + scores[0] + look - graph, "backward": 1 + scores[1] + graph + trained}
         return {"student and fake_score": both, "fake_score": {"forward": rollout + 1, "backward": trained}}

@@ -35,12 +35,12 @@ def weights(r: Tensor, f: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def density_ratio(logits: Tensor, t: Tensor, bins: int = 10) -> Tensor:
-    """r at x_t, (B,), from a discriminator's logits (B, P): their mean, exponentiated, held within 0.05 bounds.
+    """r at x_t, (B,), from a discriminator's logits (B, P), of which the mean is taken; no graph.
 
-    exp of the mean clamped to +-10, clamped to [0.1, 20], then divided by its mean among samples of like level, as
-    E_q r = 1: in up to `bins` intervals of t of at least 16 samples each (f-distill's recipe, of 10 intervals).
+    exp of the mean within +-10, held in [0.1, 20], then divided by its mean among samples of like level, as E_q r = 1:
+    in up to `bins` groups of at least 16 samples each (f-distill's recipe, arXiv:2502.15681, of 10 intervals of t).
     """
-    r = logits.detach().float().mean(1).clamp(-10, 10).exp().clamp(0.1, 20)
+    r = logits.detach().mean(1).clamp(-10, 10).exp().clamp(0.1, 20)
     order = t.argsort()
     out = torch.empty_like(r)
     for rows in order.tensor_split(max(1, min(bins, len(r) // 16))):
@@ -49,7 +49,13 @@ def density_ratio(logits: Tensor, t: Tensor, bins: int = 10) -> Tensor:
 
 
 def uni_instruct(
-    x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, ratio: tuple[Tensor, Tensor, Tensor], nu: Tensor, exact: bool
+    x0: Tensor,
+    teacher_x0: Tensor,
+    fake_x0: Tensor,
+    ratio: tuple[Tensor, Tensor, Tensor],
+    nu: Tensor,
+    exact: bool,
+    bound: float = 10.0,
 ) -> Tensor:
     """Potential of Uni-Instruct, implicit, of each element; delta = R - F, eta = F - x0.
 
@@ -64,6 +70,7 @@ def uni_instruct(
         ratio: h, r h', r^2 h'' of each sample, (B,), see `weights`.
         nu: sigma / alpha, (B, 1, ...).
         exact: which of the two.
+        bound: of the last term's scalar, which grows with the number of elements: one sample would own the batch.
     """
     h, slope, curve = (v.to(x0).reshape(-1, *[1] * (x0.ndim - 1)) for v in ratio)
     delta, eta = teacher_x0 - fake_x0, fake_x0 - x0
@@ -71,5 +78,5 @@ def uni_instruct(
         return h * delta * eta
     with torch.no_grad():
         inner, square = ((delta * v).flatten(1).sum(1).reshape(h.shape) for v in (eta, delta))
-        push = (2 * slope * inner - curve * square) / nu.square() * delta
+        push = ((2 * slope * inner - curve * square) / nu.square()).clamp(-bound, bound) * delta
     return 2 * h * delta * eta + (h - slope) * delta.square() + push * x0

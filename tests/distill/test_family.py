@@ -22,9 +22,10 @@ ONE = {"guidance_scale": 2.0, "prompt_dropout": 0.0}  # guidances of the fake sc
 
 
 def direction(folder: Path, **changes: Any) -> Tensor:
-    """At one state: a student, a fake score and a teacher that are all different."""
+    """At one state: a student, a fake score and a teacher that are all different, and a discriminator of x_t."""
     x = Laws()
-    made = exact(folder, "vp", x, **changes)
+    made = exact(folder, "vp", x, **({"gan_warmup_steps": 0, "train_data": "in memory"} | changes))
+    made.discriminator = made.discriminator and (lambda x_t, t, condition: x_t.flatten(1))
     with torch.no_grad():
         made.fake_score.denoiser.network.mean += 0.2
         made.fake_score.denoiser.network.gain.fill_(0.4)
