@@ -34,6 +34,9 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     exact_divergence: bool = Field(False, description="all terms of uni_instruct's gradient, or the published form")
     split_gradient: bool = Field(True, description="one network's graph at a time, for one more call of the fake score")
 
+    policy: Literal["backward_simulation", "noised_data"] = Field(
+        "backward_simulation", description="the student's inputs: from its own rollout, or real latents noised"
+    )
     steps: list[PositiveInt] = Field(
         [4], min_length=1, description="step counts trained; one is drawn in each iteration"
     )

@@ -19,7 +19,7 @@ from fewstep.distill.objectives import adversarial, implicit
 from fewstep.distill.objectives.divergence import reverse_kl, sid, sim, spread, surrogate, weighted
 from fewstep.distill.objectives.f_divergence import density_ratio, uni_instruct, weights
 from fewstep.distill.objectives.levels import even_levels, signal_lost, start_scale
-from fewstep.distill.objectives.policy import backward_simulation, drawn_step
+from fewstep.distill.objectives.policy import backward_simulation, drawn_step, noised_data
 from fewstep.distill.presets import DistributionMatchingConfig, OfRatio
 from fewstep.distill.random import Rngs
 from fewstep.samplers.condition import Condition, concatenate, dropped
@@ -50,7 +50,8 @@ class DistributionMatching(Distiller):
 
     @classmethod
     def needs_of(cls, config: DistributionMatchingConfig) -> frozenset[str]:
-        return cls.needs | {"images"} if config.discriminates else cls.needs
+        images = config.discriminates or config.policy == "noised_data"
+        return cls.needs | {"images"} if images else cls.needs
 
     def __init__(self, config: DistributionMatchingConfig, networks: Networks):
         self.config = config
@@ -113,12 +114,16 @@ class DistributionMatching(Distiller):
         return [name for role in roles for name in looks[role]]
 
     def rollout(self, batch: Batch, rng: Rngs, graph: bool, condition: Condition | None = None) -> Tensor:
-        """The student's x0 at a step of its own sampling that is drawn once for all samples."""
+        """The student's x0 at a step of its own sampling that is drawn once for all samples; on which input, the policy."""
         condition = condition or batch.condition
         assert condition is not None
         count, stop = drawn_step(self.config.steps, rng)
         student = self.student.denoiser
-        x, t = backward_simulation(student, condition, self.plan(count), stop, rng, batch.shape)
+        if self.config.policy == "noised_data" and stop > 0:
+            assert batch.x0 is not None
+            x, t = noised_data(batch.x0, self.plan(count), stop, rng, self.noise)
+        else:
+            x, t = backward_simulation(student, condition, self.plan(count), stop, rng, batch.shape)
         with torch.set_grad_enabled(graph):
             return student.x0(x, t, condition)
 
@@ -199,8 +204,6 @@ class DistributionMatching(Distiller):
         `ratio`: r of each sample, (B,), for an f-divergence; none: 1 everywhere.
         """
         c = self.config
-        of_ratio = weights(torch.ones_like(t) if ratio is None else ratio, c.f)
-        h, slope, curve = (v / of_ratio[0].mean() for v in of_ratio)
 
         def noised(x: Tensor) -> Tensor:
             return self.noise.add(x, eps, t)
@@ -218,7 +221,7 @@ class DistributionMatching(Distiller):
                 value = sim(x, r, f, c.distance, c.huber_c, c.distance_power)
             else:
                 alpha, sigma = self.noise.levels(t, x)
-                value = uni_instruct(x, r, f, (h, slope, curve), sigma / alpha, c.exact_divergence)
+                value = uni_instruct(x, r, f, self.of_ratio(ratio, t), sigma / alpha, c.exact_divergence)
             return weighted(value, c.weight, x, r, t, self.noise)
 
         if c.divergence not in ("reverse_kl", "f_distill"):
@@ -227,8 +230,15 @@ class DistributionMatching(Distiller):
             x_t = noised(x0)
             f, r = fake(x_t), teacher(x_t)
             d = reverse_kl(r, f)
-            d = d * expand(h, d) if c.divergence == "f_distill" else d
+            if c.divergence == "f_distill":
+                d = d * expand(self.of_ratio(ratio, t)[0], d)
             return weighted(d, c.weight, x0, r, t, self.noise), r, f
+
+    def of_ratio(self, ratio: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h, r h' and r^2 h'' of each sample, over the batch's mean of h, (B,)."""
+        h, slope, curve = weights(torch.ones_like(t) if ratio is None else ratio, self.config.f)
+        mean = h.mean()
+        return h / mean, slope / mean, curve / mean
 
     def _fake_score_weighted(self, error: Tensor, t: Tensor) -> Tensor:
         """Squared errors of the output with the weight that makes them those of epsilon, or of alpha epsilon.
@@ -254,7 +264,7 @@ class DistributionMatching(Distiller):
 
     def forwards(self) -> dict[str, dict[str, float]]:
         c = self.config
-        rollout = sum((k - 1) / 2 for k in c.steps) / len(c.steps)
+        rollout = 0.0 if c.policy == "noised_data" else sum((k - 1) / 2 for k in c.steps) / len(c.steps)
         teacher, fake, trained = (
             1 if scale in (0, 1) else 2
             for scale in (c.guidance_scale, c.fake_guidance_scale, c.fake_train_guidance_scale)

@@ -14,6 +14,7 @@ from fewstep.distill.random import Rngs
 from fewstep.samplers import rules
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.noise import NoiseProcess
 from fewstep.samplers.plan import SamplingPlan
 
 
@@ -42,3 +43,12 @@ def backward_simulation(
         mean, std = rules.consistency(x, x0, t, s, noise)
         x = mean + std * rng.normal(f"rollout {i}", shape)
     return x, noise.shift(torch.tensor(plan.steps[stop].level, device=x.device))
+
+
+def noised_data(x0: Tensor, plan: SamplingPlan, stop: int, rng: Rngs, noise: NoiseProcess) -> tuple[Tensor, Tensor]:
+    """Input of step `stop` > 0 (B, ...) and its level (): real latents, noised to it (as NVIDIA's FastGen trains DMD2).
+
+    Cheaper than a rollout, but no input of sampling: there the student sees its own outputs.
+    """
+    t = noise.shift(torch.tensor(plan.steps[stop].level, device=x0.device))
+    return noise.add(x0, rng.normal("start", x0.shape[1:]), t), t
