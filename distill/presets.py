@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveInt, ValidationInfo, field_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from fewstep.distill.train_config import TrainConfig
 
@@ -77,6 +77,16 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     fake_score_prompt_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of prompts emptied for the fake score's training alone"
     )
+
+    @model_validator(mode="after")
+    def _fake_score_is_the_students(self) -> DistributionMatchingConfig:
+        used, trained = self.fake_guidance_scale, self.fake_train_guidance_scale
+        if self.divergence in ("sim", "uni_instruct") and used != trained:
+            raise ValueError(
+                f"fake_guidance_scale {used:g} must be fake_train_guidance_scale {trained:g} for divergence "
+                f"{self.divergence}, whose F - x0 needs the student's own denoiser; sid takes two"
+            )
+        return self
 
     @property
     def discriminates(self) -> bool:

@@ -64,7 +64,8 @@ class DistributionMatching(Distiller):
             blocks = config.feature_blocks or ()
             self.discriminator = adversarial.discriminator(self.fake_score, config.discriminator, blocks, config.seed)
         at_level = config.start == "level"
-        self.top = config.init_level or (signal_lost(self.noise) if at_level else 1.0)
+        top = config.init_level or (signal_lost(self.noise) if at_level else 1.0)
+        self.top = even_levels(self.noise, 1, top)[0]  # of a table an entry
         t = self.noise.shift(torch.tensor(self.top, dtype=torch.float64))
         self.scale = float(self.noise.sigma(t)) if at_level else start_scale(self.noise)
 

@@ -83,7 +83,7 @@ def method(folder: Path, teacher: Teacher, **changes: Any) -> Any:
     return methods_distiller(config(folder, student="full", **changes), Networks(teacher, "full"))
 
 
-def lora(folder: Path, pipeline: Any, perturbed: bool = True, **changes: Any) -> Any:
+def lora(folder: Path, pipeline: Any, /, perturbed: bool = True, **changes: Any) -> Any:
     """A method over LoRA roles on a pipeline in memory, each adapter's zero half perturbed in its own way."""
     made = methods_distiller(config(folder, **changes), Networks(denoiser_of(pipeline), "lora", rank=4))
     for seed, role in enumerate(made.roles().values()):

@@ -106,6 +106,7 @@ def test_what_it_adds_to_the_students_direction(weight: str, tmp_path: Path):
     made = exact(tmp_path, "vp", x, **(GAN | {"guidance_scale": 2.0, "weight": weight, "discriminator": "mean"}))
     made.discriminator = lambda x_t, t, condition: k * x_t.flatten(1)  # type: ignore[assignment]
     batch, x0, t, eps = rows(made, x)
+    assert batch.condition is not None
     added = on_the_sample(made, batch, x0, t, eps) - on_the_sample(plain, batch, x0, t, eps)
     alpha, _ = made.noise.levels(t, x0)
     x_t = made.noise.add(x0, eps, t)
@@ -225,4 +226,5 @@ def test_the_exact_log_ratio_pushes_towards_the_data(tmp_path: Path):
 
     draws = Draws(x0, {"student": t}, {"student": eps})
     g, _ = made.adversarial_direction(log_ratio, x0, draws, batch.condition)  # type: ignore[arg-type]
+    assert g is not None
     assert (g < 0).all()  # b is below m + SHIFT, and a step goes against the direction

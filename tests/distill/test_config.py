@@ -39,6 +39,11 @@ def mistakes(values: object, *overrides: str) -> list[str]:
         ({"num_ode_steps": 4}, "config: steps: must be at most num_ode_steps 4; got [1, 2, 4, 8]"),
         ({"method": "dmd2", "min_level": 0.99}, "config: max_level: must exceed min_level 0.99; got 0.98"),
         (
+            {"method": "sim", "fake_guidance_scale": 2.0},
+            "config: fake_guidance_scale 2 must be fake_train_guidance_scale 1 for divergence sim, whose F - x0 needs the "
+            "student's own denoiser; sid takes two",
+        ),
+        (
             {"max_train_steps": "many"},
             "config: max_train_steps: Input should be a valid integer, unable to parse string as an integer; got 'many'",
         ),

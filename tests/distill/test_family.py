@@ -15,7 +15,7 @@ from fewstep.distill.networks import require_grad
 from fewstep.distill.presets import PRESETS
 from fewstep.distill.random import Rngs
 from tests.distill.exact import SHIFT, Laws, exact, on_the_sample, prompts_of, rows
-from tests.distill.gaussian import PROCESSES, Teacher, calls, lora, method, under_training
+from tests.distill.gaussian import PROCESSES, Teacher, calls, laws, lora, method, under_training
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
 ONE = {"guidance_scale": 2.0, "prompt_dropout": 0.0}  # guidances of the fake score stay the preset's
@@ -25,7 +25,8 @@ def direction(folder: Path, **changes: Any) -> Tensor:
     """At one state: a student, a fake score and a teacher that are all different, and a discriminator of x_t."""
     x = Laws()
     made = exact(folder, "vp", x, **({"gan_warmup_steps": 0, "train_data": "in memory"} | changes))
-    made.discriminator = made.discriminator and (lambda x_t, t, condition: x_t.flatten(1))
+    if made.discriminator is not None:
+        made.discriminator = lambda x_t, t, condition: x_t.flatten(1)  # type: ignore[assignment]
     with torch.no_grad():
         made.fake_score.denoiser.network.mean += 0.2
         made.fake_score.denoiser.network.gain.fill_(0.4)
@@ -33,11 +34,9 @@ def direction(folder: Path, **changes: Any) -> Tensor:
 
 
 def test_presets_differ(tmp_path: Path):
-    """Of any two with different parts the directions are not even parallel; with the same parts they are equal."""
+    """Of any two the directions are not even parallel."""
     found = {name: direction(tmp_path, method=name, **ONE) for name in PRESETS}
     for one, other in combinations(found, 2):
-        if {one, other} == {"sid", "sid_fewstep"}:  # they differ in policy and guidance alone
-            continue
         assert torch.cosine_similarity(found[one].flatten(), found[other].flatten(), 0) < 0.999, (one, other)
 
 
@@ -141,8 +140,27 @@ def test_a_sampled_guidance_is_each_rows_own(tmp_path: Path):
     x = Laws()
     made = exact(tmp_path, "flow", x, method="dmd2", guidance_scale=1.5, guidance_scale_max=3.0)
     batch, x0, t, eps = rows(made, x)
+    assert batch.condition is not None
     scale = torch.where(torch.arange(16) % 2 == 0, 1.5, 3.0).double()
     d, *_ = made.direction(x0, t, eps, batch.condition, scale)
     for g, own in ((1.5, slice(0, 16, 2)), (3.0, slice(1, 16, 2))):
         alone, *_ = made.direction(x0[own], t[own], eps[own], batch.condition[own], g)
         assert torch.allclose(d[own], alone, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["sim", "swiftbrush"])
+def test_a_trained_student_has_the_guided_teachers_law(name: str, tmp_path: Path):
+    """By Trainer, in two dimensions, the teacher guided 2; within 8% of a deviation, as DMD2's and SiD's."""
+    mean, std = torch.tensor([0.7, -0.4]), torch.tensor([0.5, 1.3])
+    teacher = Teacher(PROCESSES["flow"], mean.tolist(), std.tolist())
+    settings = {
+        **{"method": name, "guidance_scale": 2.0, "fake_guidance_scale": 1.0, "huber_c": 0.1, "adam_beta1": 0.0},
+        **{"train_batch_size": 8, "max_train_steps": 250, "lr_scheduler": "cosine", "fake_score_warmup_steps": 50},
+        **{"learning_rate": 0.02, "fake_score_learning_rate": 0.03, "adam_beta2": 0.95},
+        **{"logging_steps": 1000, "checkpointing_steps": 1000, "fake_score_prompt_dropout": 0.0},
+    }
+    made = method(tmp_path, teacher, **settings)
+    under_training(tmp_path, made, teacher, [str(SHIFT)]).run()
+    ((found, deviation),) = laws(made, 1, str(SHIFT))
+    assert ((found - mean - 2 * SHIFT).abs() / std).max() < 0.08
+    assert (deviation / std - 1).abs().max() < 0.08

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,7 +107,7 @@ def test_without_the_networks_inputs_it_would_be_dmd():
 # split, joint, and the student in the same graph
 
 
-def double_lora(folder: Path, **changes: object) -> DistributionMatching:
+def double_lora(folder: Path, **changes: Any) -> DistributionMatching:
     """LoRA roles on a tiny Stable Diffusion, all in float64."""
     pipeline = tiny_stable_diffusion()
     pipeline.unet.double()
@@ -118,7 +119,7 @@ def double_lora(folder: Path, **changes: object) -> DistributionMatching:
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_split_is_the_gradient_of_one_graph(kind: str, tmp_path: Path):
     """To 1e-12 in the student's own parameters, guided, with DMD's weight, against student, teacher and fake in one graph."""
-    changes = {"method": "sid", "sid_alpha": 1.2, "guidance_scale": 3.0, "fake_guidance_scale": 1.5}
+    changes: dict[str, Any] = {"method": "sid", "sid_alpha": 1.2, "guidance_scale": 3.0, "fake_guidance_scale": 1.5}
     if kind == "full":
         made = exact(tmp_path, "flow", Laws(), **changes)
         made.student.denoiser.network.mean.data += 0.3
@@ -126,6 +127,7 @@ def test_the_split_is_the_gradient_of_one_graph(kind: str, tmp_path: Path):
     else:
         made = double_lora(tmp_path, **changes)
         batch = prompts_of(made.student.denoiser, PROMPTS)
+    assert batch.condition is not None
     z, eps = (randn((2, *batch.shape), generators([i, i + 5])).double() for i in (0, 1))
     t, top = torch.tensor([0.3, 0.7]).double(), torch.tensor(made.top).double()
     parameters = list(made.student.parameters.values())
