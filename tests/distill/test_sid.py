@@ -16,11 +16,12 @@ from fewstep.distill.objectives.divergence import reverse_kl, sid
 from fewstep.distill.objectives.levels import signal_lost
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.noise import EDM, Flow, TrigFlow
-from fewstep.samplers.plan import generators
+from fewstep.samplers.plan import generators, sample
 from fewstep.samplers.rules import randn
 from tests.closed_form import vp
 from tests.distill.exact import SHIFT, Laws, exact, gaussian, levels, moments, on_the_sample, prompts_of, rows
-from tests.distill.gaussian import PROCESSES, Teacher, laws, lora, method, under_training
+from tests.distill.gaussian import PROCESSES, Teacher, calls, laws, lora, method, under_training
+from tests.distill.test_backward_simulation import Sequential
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
 PLAIN = {
@@ -222,6 +223,27 @@ def test_the_plan(name: str, tmp_path: Path):
     one = method(tmp_path, Teacher(PROCESSES[name], [0.0], [1.0]), **(PLAIN | {"init_level": 0.4})).plan(1)
     assert one.levels == (0.4,)
     assert one.initial_scale == pytest.approx(made.noise.sigma(made.noise.shift(torch.tensor(0.4))).item())
+
+
+@pytest.mark.parametrize("name", ["vp", "flow_shifted", "edm"])
+def test_the_rollout_is_the_students_own_sampling(name: str, tmp_path: Path):
+    """From sigma_1 z, exactly, through the steps of the plan: with the same noise, x0 at every stop is `sample`'s."""
+    made = method(tmp_path, Teacher(PROCESSES[name], [0.7, -0.4], [0.5, 1.3], side=2), method="sid_fewstep", steps=[3])
+    with torch.no_grad():  # a student that is not its teacher
+        made.student.denoiser.network.scale += 0.05
+    student, seeds = made.student.denoiser, [3, 4]
+    batch = prompts_of(student, [str(SHIFT), "1"])
+    assert batch.condition is not None
+    seen: list[Tensor] = []
+    with calls(made) as sampled:
+        sample(student, batch.condition, made.plan(3), seeds, callback=lambda i, x0: seen.append(x0.float()))
+    assert torch.equal(sampled[0].x_t, made.scale * randn(seen[0].shape, generators(seeds)))
+    for stop in range(3):
+        with calls(made) as rolled:
+            x0 = made.rollout(batch, Sequential(seeds, stop), graph=False)
+        assert len(rolled) == stop + 1
+        assert torch.equal(rolled[0].x_t, sampled[0].x_t)
+        assert torch.allclose(x0, seen[stop], rtol=1e-4, atol=1e-4)
 
 
 # trained
