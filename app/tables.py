@@ -25,6 +25,10 @@ class Outline:
         self.networks = {"network": torch.nn.Linear(1, 1)}
         self.noise = Flow()
 
+    def latent_shape(self, *_: Any) -> tuple[int, ...]:
+        """Of one sample; nothing is made of it."""
+        return (1,)
+
     def with_networks(self, networks: dict[str, Any]) -> Outline:
         """The roles of an outline are its own."""
         return self

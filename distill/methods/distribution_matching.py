@@ -61,8 +61,10 @@ class DistributionMatching(Distiller):
         self.noise = self.student.denoiser.noise
         self.discriminator: adversarial.Discriminator | None = None
         if config.discriminates:
-            blocks = config.feature_blocks or ()
-            self.discriminator = adversarial.discriminator(self.fake_score, config.discriminator, blocks, config.seed)
+            shape = networks.base.latent_shape(config.height, config.width, config.num_frames)
+            self.discriminator = adversarial.discriminator(
+                self.fake_score, config.discriminator, config.feature_blocks or (), config.seed, shape
+            )
         at_level = config.start == "level"
         top = config.init_level or (signal_lost(self.noise) if at_level else 1.0)
         self.top = even_levels(self.noise, 1, top)[0]  # of a table an entry

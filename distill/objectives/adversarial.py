@@ -89,11 +89,16 @@ class Discriminator:
         return mean_logits(features) if self.heads is None else self.heads(features)
 
 
-def discriminator(role: Role, kind: str, blocks: Sequence[str], seed: int) -> Discriminator:
-    """The discriminator of a fake score; `heads` are made from one call, and are the role's to train and to keep."""
+def discriminator(
+    role: Role, kind: str, blocks: Sequence[str], seed: int, shape: tuple[int, ...] | None = None
+) -> Discriminator:
+    """The discriminator of a fake score; `heads` are made from one call, and are the role's to train and to keep.
+
+    `shape`: of one sample, which the heads are made for; default: the pipeline's own.
+    """
     if kind == "mean":
         return Discriminator(role.denoiser, blocks)
-    x = torch.zeros(1, *role.denoiser.latent_shape(), device=role.denoiser.device)
+    x = torch.zeros(1, *(shape or role.denoiser.latent_shape()), device=role.denoiser.device)
     with torch.no_grad():
         condition = role.denoiser.encode([""]).to(x.device)
         heads = Heads(role.denoiser.features(x, torch.ones(1), condition, blocks), seed).to(x.device)

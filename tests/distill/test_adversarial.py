@@ -206,6 +206,16 @@ def test_heads_on_tokens(tmp_path: Path):
     assert all(p.requires_grad for p in made.discriminator.heads.parameters())
 
 
+def test_heads_are_made_for_the_size_that_is_trained(tmp_path: Path):
+    """Images of 64 pixels are latents of 32 and a mid block of 16: convolutions to 8, to 4, to 1, and one for the logit."""
+    made = lora(tmp_path, tiny_stable_diffusion(), **(GAN | {"height": 64, "width": 64}))
+    heads = made.discriminator.heads
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in heads.modules()) == 4
+    batch = Batch(PROMPTS, (4, 32, 32), made.student.denoiser.encode(PROMPTS))
+    logits = made.discriminator(torch.zeros(2, 4, 32, 32), torch.tensor([0.5]).expand(2), batch.condition)
+    assert logits.shape == (2, 1)
+
+
 def test_images_are_needed(tmp_path: Path):
     refuse(config(tmp_path, **GAN))
     with pytest.raises(ConfigError, match="train_data: missing; method dmd2 learns from images"):
