@@ -49,10 +49,56 @@ PAPERS = {
             *("Frédo Durand", "William T. Freeman"),
         ),
     ),
+    "sid": (
+        "2404.04057",
+        "2024",
+        "Score identity Distillation: Exponentially Fast Distillation of Pretrained Diffusion Models for One-Step "
+        "Generation",
+        ("Mingyuan Zhou", "Huangjie Zheng", "Zhendong Wang", "Mingzhang Yin", "Hai Huang"),
+    ),
+    "sid-lsg": (
+        "2406.01561",
+        "2024",
+        "Guided Score identity Distillation for Data-Free One-Step Text-to-Image Generation",
+        ("Mingyuan Zhou", "Zhendong Wang", "Huangjie Zheng", "Hai Huang"),
+    ),
+    "sid-few": (
+        "2505.12674",
+        "2025",
+        "Few-Step Diffusion via Score identity Distillation",
+        ("Mingyuan Zhou", "Yi Gu", "Zhendong Wang"),
+    ),
+    "sim": (
+        "2410.16794",
+        "2024",
+        "One-Step Diffusion Distillation through Score Implicit Matching",
+        ("Weijian Luo", "Zemin Huang", "Zhengyang Geng", "J. Zico Kolter", "Guo-jun Qi"),
+    ),
+    "swiftbrush": (
+        "2312.05239",
+        "2023",
+        "SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation",
+        ("Thuan Hoang Nguyen", "Anh Tran"),
+    ),
+    "uni-instruct": (
+        "2505.20755",
+        "2025",
+        "Uni-Instruct: One-step Diffusion Model through Unified Diffusion Divergence Instruction",
+        ("Yifei Wang", "Weimin Bai", "Colin Zhang", "Debing Zhang", "Weijian Luo", "He Sun"),
+    ),
 }
 """arXiv number, year, title and authors."""
 
-BEHIND: dict[str, tuple[str, ...]] = {"dmd2": ("dmd", "dmd2"), "lcm": ("cm", "lcm"), "pretrain": ()}
+BEHIND: dict[str, tuple[str, ...]] = {
+    "dmd2": ("dmd", "dmd2"),
+    "lcm": ("cm", "lcm"),
+    "pretrain": (),
+    "sid": ("sid", "sid-lsg"),
+    "sid_fewstep": ("sid-few", "sid", "sid-lsg"),
+    "sim": ("sim",),
+    "swiftbrush": ("swiftbrush",),
+    "uni_instruct": ("uni-instruct",),
+}
 """Papers of each method, the first first."""
 
 

@@ -25,6 +25,10 @@ class Outline:
         self.networks = {"network": torch.nn.Linear(1, 1)}
         self.noise = Flow()
 
+    def latent_shape(self, *_: Any) -> tuple[int, ...]:
+        """Of one sample; nothing is made of it."""
+        return (1,)
+
     def with_networks(self, networks: dict[str, Any]) -> Outline:
         """The roles of an outline are its own."""
         return self
@@ -44,7 +48,7 @@ def methods() -> list[list[str]]:
             for what, c in method.forwards().items()
         ]
         behind = ", ".join(PAPERS[key][0] for key in BEHIND[name])
-        table.append([name, ", ".join(sorted(cls.needs)), trained, "; ".join(costs), behind or "-"])
+        table.append([name, ", ".join(sorted(cls.needs_of(config))), trained, "; ".join(costs), behind or "-"])
     return table
 
 

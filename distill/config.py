@@ -8,87 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, PositiveInt, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, PositiveInt, ValidationError, ValidationInfo, field_validator
+
+from fewstep.distill.presets import PRESETS
+from fewstep.distill.train_config import ConfigError, TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-
-
-class ConfigError(ValueError):
-    """Every mistake of a config, one line each: file, key, what is wrong, what would be right."""
-
-
-class TrainConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """What every method takes."""
-
-    method: str
-    name: str = Field("run", description="run folder under output_dir")
-    output_dir: str = "runs"
-    seed: int = 0
-
-    teacher: str = Field(description="pipeline folder, embedded:NAME or hub id")
-    revision: str | None = None
-    variant: str | None = None
-    student: Literal["lora", "full"] = "lora"
-    rank: int = Field(64, ge=1)
-    lora_alpha: float | None = Field(None, gt=0, description="default: the rank")
-    target_modules: list[str] | None = Field(None, description="default: the family's")
-
-    train_data: str | None = Field(None, description="images with captions: a folder, or embedded:NAME")
-    prompts: str | None = Field(None, description="a text file, one prompt a line, or embedded:NAME")
-    negative_prompt: str = ""
-    num_samples: int = Field(8000, ge=1, description="size of an embedded data set")
-    height: int | None = Field(None, ge=8)
-    width: int | None = Field(None, ge=8)
-    num_frames: int | None = Field(None, ge=1)
-    cache_dir: str | None = Field(None, description="cached latents and embeddings; default ~/.cache/fewstep")
-
-    max_train_steps: int = Field(1000, ge=1)
-    train_batch_size: int = Field(16, ge=1, description="rows per process and micro-batch")
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    lr_warmup_steps: int = Field(0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_weight_decay: float = Field(0.0, ge=0)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the student that is exported")
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-
-    logging_steps: int = Field(10, ge=1)
-    checkpointing_steps: int = Field(500, ge=1)
-    checkpoints_total_limit: int = Field(2, ge=1)
-    validation_steps: int | None = Field(None, ge=1, description="previews; default: only at the end")
-    validation_prompts: list[str] | None = None
-    validation_guidance_scale: float | None = Field(None, description="of the teacher in previews and report")
-    report_to: str | None = Field(None, description="an accelerate tracker: tensorboard, wandb, ...")
-    report_num: int | None = Field(None, ge=2, description="samples per row of the final report; none: no report")
-    report_steps: list[PositiveInt] | None = Field(
-        None, description="of the student in the report; default: all it has"
-    )
-    report_teacher_steps: list[PositiveInt] = Field(
-        [50, 4, 1], min_length=1, description="of the teacher in the report"
-    )
-    report_scheduler: str | None = Field(
-        None, description="of the teacher in the report: ddim, dpmsolver++, unipc, ..."
-    )
-    report_prompts: list[str] | None = Field(
-        None, description="files or embedded names, a table each; default: validation_prompts, or those of the training"
-    )
-    best_metric: str | None = Field(None, description="keep the checkpoint with the lowest of this logged scalar")
-
-    @field_validator("name")
-    @classmethod
-    def _one_folder(cls, name: str) -> str:
-        if not name or "/" in name or name.startswith("."):
-            raise ValueError("must be one folder name")
-        return name
-
-    @property
-    def run_dir(self) -> Path:
-        """Where the run is written."""
-        return Path(self.output_dir) / self.name
 
 
 class PretrainConfig(TrainConfig, frozen=True):
@@ -137,30 +62,7 @@ class LCMConfig(TrainConfig, frozen=True):
         return steps
 
 
-class DMD2Config(TrainConfig, frozen=True):
-    """Distribution matching distillation, data-free, by backward simulation (arXiv:2311.18828, 2405.14867)."""
-
-    method: Literal["dmd2"]
-    guidance_scale: float = Field(7.5, description="of the teacher's score; 1 = none")
-    steps: list[PositiveInt] = Field(
-        [4], min_length=1, description="step counts trained; one is drawn in each iteration"
-    )
-    fake_score_updates: int = Field(5, ge=1, description="fake score updates per student update")
-    fake_score_warmup_steps: int = Field(0, ge=0, description="iterations of the fake score alone")
-    fake_score_learning_rate: float | None = Field(None, gt=0, description="default: the student's")
-    min_level: float = Field(0.02, ge=0, lt=1, description="of the levels where scores are compared")
-    max_level: float = Field(0.98, gt=0, le=1, validate_default=True)
-
-    @field_validator("max_level")
-    @classmethod
-    def _above(cls, value: float, info: ValidationInfo) -> float:
-        low = info.data.get("min_level")
-        if low is not None and value <= low:
-            raise ValueError(f"must exceed min_level {low}")
-        return value
-
-
-METHODS: dict[str, type[TrainConfig]] = {"dmd2": DMD2Config, "lcm": LCMConfig, "pretrain": PretrainConfig}
+METHODS: dict[str, type[TrainConfig]] = {**PRESETS, "lcm": LCMConfig, "pretrain": PretrainConfig}
 """Config of each method; its Distiller is named in `methods`."""
 
 

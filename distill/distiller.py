@@ -76,6 +76,11 @@ class Distiller(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Of `prompts`, `images`: a config that lacks one is refused before any weight loads."""
 
+    @classmethod
+    def needs_of(cls, config: Any) -> frozenset[str]:
+        """What one config needs: `needs`, unless its keys ask for more."""
+        return cls.needs
+
     @abstractmethod
     def roles(self) -> dict[str, Role]:
         """All networks by name; `student` is what is exported."""

@@ -28,7 +28,7 @@ from fewstep.samplers.student import Manifest, fingerprint, save_student
 
 def refuse(config: TrainConfig) -> None:
     """Refuse, before any weight loads, what the method needs and the config lacks."""
-    needs = distiller(config.method).needs
+    needs = distiller(config.method).needs_of(config)
     if "images" in needs and config.train_data is None:
         raise ConfigError(f"config: train_data: missing; method {config.method} learns from images with captions")
     if "prompts" in needs and config.prompts is None and config.train_data is None:
@@ -96,7 +96,8 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     if teacher is None:
         teacher = load(config.teacher, config.revision, config.variant)
     shape = pixels_shape(config, teacher)
-    if len(shape) == 4 and "images" in distiller(config.method).needs:
+    images = "images" in distiller(config.method).needs_of(config)
+    if len(shape) == 4 and images:
         raise ConfigError(
             f"config: method {config.method}: needs clips for this teacher, and train_data has images only"
         )
@@ -108,9 +109,7 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     keep_encoder = getattr(config, "train_text_encoder", False)
     with accelerator.main_process_first():
         condition = None if keep_encoder else data_sets.conditions(config, teacher, data.captions)
-        latents = None
-        if "images" in distiller(config.method).needs:
-            latents = data_sets.latents(config, teacher, data)
+        latents = data_sets.latents(config, teacher, data) if images else None
         shown = None
         if config.validation_prompts and not keep_encoder:
             shown = data_sets.conditions(config, teacher, config.validation_prompts)

@@ -65,3 +65,10 @@ def concatenate(parts: Sequence[Condition]) -> Condition:
     }
     guidance = None if parts[0].guidance is None else torch.cat([p.guidance for p in parts if p.guidance is not None])
     return Condition(tensors, size, negative, guidance)
+
+
+def dropped(condition: Condition, keep: Tensor) -> Condition:
+    """The negative prompt in the rows where `keep`, (B,) bool, is False."""
+    empty = condition.unconditional().tensors
+    rows = {k: torch.where(keep.reshape(-1, *[1] * (v.ndim - 1)), v, empty[k]) for k, v in condition.tensors.items()}
+    return replace(condition, tensors=rows)

@@ -6,10 +6,17 @@ import importlib
 
 from fewstep.distill.distiller import Distiller
 
+MATCHING = "fewstep.distill.methods.distribution_matching:DistributionMatching"
+
 DISTILLERS = {
-    "dmd2": "fewstep.distill.methods.distribution_matching:DistributionMatching",
+    "dmd2": MATCHING,
     "lcm": "fewstep.distill.methods.consistency:Consistency",
     "pretrain": "fewstep.distill.methods.pretrain:Pretrain",
+    "sid": MATCHING,
+    "sid_fewstep": MATCHING,
+    "sim": MATCHING,
+    "swiftbrush": MATCHING,
+    "uni_instruct": MATCHING,
 }
 
 

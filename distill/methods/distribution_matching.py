@@ -1,44 +1,59 @@
-"""Distribution matching distillation: DMD2, data-free, by backward simulation (arXiv:2311.18828, 2405.14867).
+"""The distribution matching family: DMD2, SiD, SIM, SwiftBrush and what lies between them; papers in `presets.py`.
 
 The student makes a clean sample from its own rollout. Noised to a random level, two denoisers look at it: the teacher
-and a fake score that is trained online on the student's samples. Their difference is the gradient of
-KL(student || teacher) at that level, up to a positive factor.
+and a fake score that is trained online on the student's samples. A divergence between the two says where the sample
+should move. A method is a preset of parts: divergence and weight, policy, guidance of each score, a GAN or none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fewstep.distill.config import DMD2Config
 from fewstep.distill.distiller import Batch, Distiller, Losses, Role
 from fewstep.distill.networks import Networks
-from fewstep.distill.objectives.divergence import mean_gap, reverse_kl, spread, surrogate
-from fewstep.distill.objectives.levels import even_levels, start_scale
+from fewstep.distill.objectives import adversarial, implicit
+from fewstep.distill.objectives.divergence import reverse_kl, sid, sim, spread, surrogate, weighted
+from fewstep.distill.objectives.f_divergence import density_ratio, uni_instruct, weights
+from fewstep.distill.objectives.levels import even_levels, signal_lost, start_scale
+from fewstep.distill.objectives.policy import backward_simulation, drawn_step, noised_data
+from fewstep.distill.presets import DistributionMatchingConfig, OfRatio
 from fewstep.distill.random import Rngs
-from fewstep.samplers import rules
+from fewstep.samplers.condition import Condition, concatenate, dropped
 from fewstep.samplers.errors import UserError
+from fewstep.samplers.noise import expand
 from fewstep.samplers.plan import SamplingPlan, plan_of_levels
 
 
 @dataclass
 class Draws:
-    """The student's sample (B, ...), with a graph if it steps; a level (B,) and noise (B, ...) for each role's loss."""
+    """The student's sample (B, ...), with a graph if it steps; a level (B,) and noise (B, ...) for each role's loss.
+
+    `conditions`: what each role is told, where some prompts were emptied; `scale` (B,): the teacher's guidance, where
+    it is drawn.
+    """
 
     x0: Tensor
-    t: dict[str, Tensor]
-    eps: dict[str, Tensor]
+    t: dict[str, Tensor] = field(default_factory=dict)
+    eps: dict[str, Tensor] = field(default_factory=dict)
+    conditions: dict[str, Condition] = field(default_factory=dict)
+    scale: Tensor | None = None
 
 
 class DistributionMatching(Distiller):
-    """Student: surrogate of (F - R) / mean|x0 - R|; fake score: denoising of the student's samples."""
+    """Student: surrogate of the divergence's direction; fake score: denoising of the student's samples."""
 
     needs = frozenset({"prompts"})
 
-    def __init__(self, config: DMD2Config, networks: Networks):
+    @classmethod
+    def needs_of(cls, config: DistributionMatchingConfig) -> frozenset[str]:
+        images = config.discriminates or config.policy == "noised_data"
+        return cls.needs | {"images"} if images else cls.needs
+
+    def __init__(self, config: DistributionMatchingConfig, networks: Networks):
         self.config = config
         self.teacher = networks.teacher()
         self.student = networks.trained("student")
@@ -46,6 +61,17 @@ class DistributionMatching(Distiller):
         self.noise = self.student.denoiser.noise
         # where the scale is an input of the networks, the student is told the teacher's, and so is its fake score
         self.guidance = config.guidance_scale if self.teacher.denoiser.takes_guidance else None
+        self.discriminator: adversarial.Discriminator | None = None
+        if config.discriminates:
+            shape = networks.base.latent_shape(config.height, config.width, config.num_frames)
+            self.discriminator = adversarial.discriminator(
+                self.fake_score, config.discriminator, config.feature_blocks or (), config.seed, shape
+            )
+        at_level = config.start == "level"
+        top = config.init_level or (signal_lost(self.noise) if at_level else 1.0)
+        self.top = even_levels(self.noise, 1, top)[0]  # of a table an entry
+        t = self.noise.shift(torch.tensor(self.top, dtype=torch.float64))
+        self.scale = float(self.noise.sigma(t)) if at_level else start_scale(self.noise)
 
     def roles(self) -> dict[str, Role]:
         return {"teacher": self.teacher, "student": self.student, "fake_score": self.fake_score}
@@ -57,69 +83,207 @@ class DistributionMatching(Distiller):
         return ["fake_score"]
 
     def draw(self, batch: Batch, rng: Rngs, iteration: int, roles: list[str]) -> Draws:
-        x0 = self.rollout(batch, rng, graph="student" in roles)
-        low, high = self.config.min_level, self.config.max_level
-        t, eps = {}, {}
-        for role in roles:
-            u = rng.uniform(f"{role} level")
-            # the fake score must be right wherever it is asked, and learns all levels but the clean one
-            u = low + (high - low) * u if role == "student" else 1 - u
-            t[role] = self.noise.shift(u)
-            eps[role] = rng.normal(f"{role} noise", x0.shape[1:])
-        return Draws(x0, t, eps)
-
-    def rollout(self, batch: Batch, rng: Rngs, graph: bool) -> Tensor:
-        """Backward simulation: the live student from pure noise to a step drawn once for all samples; x0 there."""
         assert batch.condition is not None
-        condition = batch.condition.with_guidance(self.guidance)
-        source = rng.shared("step")
-        count = self.config.steps[int(torch.randint(len(self.config.steps), (1,), generator=source))]
-        stop = int(torch.randint(count, (1,), generator=source))
-        plan = self.plan(count)
-        x = x0 = plan.initial_scale * rng.normal("start", batch.shape)
-        for i, step in enumerate(plan.steps[: stop + 1]):
-            t, s = (self.noise.shift(torch.tensor(v, device=x.device)) for v in (step.level, step.to))
-            with torch.set_grad_enabled(graph and i == stop):
-                x0 = self.student.denoiser.x0(x, t, condition)
-            if i < stop:
-                if self.noise.clip_range is not None:  # as sampling does
-                    x0 = x0.clamp(-self.noise.clip_range, self.noise.clip_range)
-                mean, std = rules.consistency(x, x0, t, s, self.noise)
-                x = mean + std * rng.normal(f"rollout {i}", batch.shape)
-        return x0
+        c, condition = self.config, batch.condition
+        if c.prompt_dropout:
+            condition = dropped(condition, rng.uniform("dropout") >= c.prompt_dropout)
+        draws = Draws(self.rollout(batch, rng, "student" in roles, condition))
+        for role in roles:
+            draws.conditions[role] = condition
+            draws.t[role] = self.noise.shift(self.level(role, rng))
+            draws.eps[role] = rng.normal(f"{role} noise", batch.shape)
+        for name in self.own_levels(roles):
+            draws.t[name] = self.noise.shift(1 - rng.uniform(f"{name} level"))
+            draws.eps[name] = rng.normal(f"{name} noise", batch.shape)
+        if c.fake_score_prompt_dropout and "fake_score" in roles:
+            keep = rng.uniform("fake_score dropout") >= c.fake_score_prompt_dropout
+            draws.conditions["fake_score"] = dropped(condition, keep)
+        if c.guidance_scale_max is not None and "student" in roles:
+            draws.scale = c.guidance_scale + (c.guidance_scale_max - c.guidance_scale) * rng.uniform("guidance")
+        return draws
+
+    def level(self, role: str, rng: Rngs) -> Tensor:
+        """Before the shift, (B,). The fake score must be right wherever it is asked: all levels but the clean one."""
+        c = self.config
+        if c.weighting_scheme == "logit_normal":
+            u = (c.logit_mean + c.logit_std * rng.normal(f"{role} level", ())).sigmoid()
+        else:
+            u = 1 - rng.uniform(f"{role} level") if role == "fake_score" else rng.uniform(f"{role} level")
+        return u if role == "fake_score" else c.min_level + (c.max_level - c.min_level) * u
+
+    def own_levels(self, roles: list[str]) -> list[str]:
+        """What heads look at, each at a level and with a noise of its own; others share those of the role's loss."""
+        if self.discriminator is None or not self.config.own_gan_levels:
+            return []
+        looks = {"student": ["student gan"], "fake_score": ["fake gan", "real gan"]}
+        return [name for role in roles for name in looks[role]]
+
+    def rollout(self, batch: Batch, rng: Rngs, graph: bool, condition: Condition | None = None) -> Tensor:
+        """The student's x0 at a step of its own sampling that is drawn once for all samples; on which input, the policy."""
+        condition = condition or batch.condition
+        assert condition is not None
+        condition = condition.with_guidance(self.guidance)
+        count, stop = drawn_step(self.config.steps, rng)
+        student = self.student.denoiser
+        if self.config.policy == "noised_data" and stop > 0:
+            assert batch.x0 is not None
+            x, t = noised_data(batch.x0, self.plan(count), stop, rng, self.noise)
+        else:
+            x, t = backward_simulation(student, condition, self.plan(count), stop, rng, batch.shape)
+        with torch.set_grad_enabled(graph):
+            return student.x0(x, t, condition)
 
     def loss(self, role: str, batch: Batch, draws: Draws, iteration: int) -> Iterator[Losses]:
-        assert batch.condition is not None
-        condition = batch.condition.with_guidance(self.guidance)
+        condition = draws.conditions.get(role, batch.condition)
+        assert condition is not None
         t, eps, x0 = draws.t[role], draws.eps[role], draws.x0.detach()
-        x_t = self.noise.add(x0, eps, t)
         if role == "fake_score":
-            output = self.fake_score.denoiser.predict(x_t, t, condition)
-            loss = (output - self.noise.output(x0, eps, t)).square().mean()
+            x_t = self.noise.add(x0, eps, t)
+            told = condition.with_guidance(self.guidance)
+            output = self.fake_score.denoiser.guided_predict(x_t, t, told, self.config.fake_train_guidance_scale)
+            error = (output - self.noise.output(x0, eps, t)).square()
+            loss = self._fake_score_weighted(error, t).mean()
             yield Losses(loss, {"loss": loss.detach()})
+            if self.discriminator is not None:
+                yield self.discrimination(self.discriminator, batch, draws, condition)
             return
+        c = self.config
+        ratio, g, scalars = None, None, {}
+        if self.discriminator is not None and iteration >= c.gan_warmup_steps:
+            g, logits = self.adversarial_direction(self.discriminator, x0, draws, condition)
+            scalars["gan"] = adversarial.generator_loss(logits).mean()
+            ratio = density_ratio(logits, t) if c.divergence in OfRatio else None
+        scale = c.guidance_scale if draws.scale is None else draws.scale
+        d, r, f = self.direction(x0, t, eps, condition, scale, ratio)
+        if g is not None:  # Diffusion-GAN has the divergence's weight
+            d = d + c.gan_weight * (weighted(g, c.weight, x0, r, t, self.noise) if c.discriminator == "mean" else g)
+        loss = surrogate(draws.x0, d)
+        scalars |= {"spread": spread(x0), "gap": (f - r).abs().mean()}
+        yield Losses(loss, {"loss": loss.detach(), **scalars})
+
+    def discrimination(
+        self, discriminator: adversarial.Discriminator, batch: Batch, draws: Draws, condition: Condition
+    ) -> Losses:
+        """The student's samples against real images, one batched call; its gradient reaches the fake score, too."""
+        assert batch.x0 is not None
+        names = ("fake gan", "real gan") if "real gan" in draws.t else ("fake_score", "fake_score")
+        t = torch.cat([draws.t[n] for n in names])
+        x_t = self.noise.add(torch.cat([draws.x0.detach(), batch.x0]), torch.cat([draws.eps[n] for n in names]), t)
+        fake, real = discriminator(x_t, t, concatenate([self.told(condition)] * 2)).chunk(2)
+        loss = adversarial.discriminator_loss(fake, real).mean()
+        right = ((fake.detach() < 0).float().mean() + (real.detach() > 0).float().mean()) / 2
+        return Losses(self.config.discriminator_weight * loss, {"gan": loss.detach(), "gan_accuracy": right})
+
+    def adversarial_direction(
+        self, discriminator: adversarial.Discriminator, x0: Tensor, draws: Draws, condition: Condition
+    ) -> tuple[Tensor | None, Tensor]:
+        """What the GAN does to the sample at weight 1, none if its weight is 0, and the logits; without graph.
+
+        `mean` bounds its logits.
+        """
+        c = self.config
+        t, eps = (v["student gan" if c.own_gan_levels else "student"] for v in (draws.t, draws.eps))
+        told = self.told(condition)
+
+        def logits(x: Tensor) -> Tensor:
+            return discriminator(self.noise.add(x, eps, t), t, told)
+
+        if not c.gan_weight:
+            with torch.no_grad():
+                return None, logits(x0)
+        return adversarial.direction(x0, logits, 10.0 if c.discriminator == "mean" else None)
+
+    def told(self, condition: Condition) -> Condition:
+        """What the discriminator is told: a fake score trained without prompts is not told one there."""
+        condition = condition.with_guidance(self.guidance)
+        return condition.unconditional() if self.config.fake_train_guidance_scale == 0 else condition
+
+    def direction(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        eps: Tensor,
+        condition: Condition,
+        scale: float | Tensor,
+        ratio: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the divergence does to the sample, d; the teacher's x0, R; the fake score's, F. All without graph.
+
+        `ratio`: r of each sample, (B,), for an f-divergence; none: 1 everywhere.
+        """
+        c = self.config
+
+        def noised(x: Tensor) -> Tensor:
+            return self.noise.add(x, eps, t)
+
+        def teacher(x_t: Tensor) -> Tensor:
+            return self.teacher.denoiser.guided_x0(x_t, t, condition, scale)
+
+        def fake(x_t: Tensor) -> Tensor:
+            told = condition.with_guidance(self.guidance)
+            return self.fake_score.denoiser.guided_x0(x_t, t, told, c.fake_guidance_scale)
+
+        def potential(x: Tensor, r: Tensor, f: Tensor) -> Tensor:
+            if c.divergence == "sid":
+                value = sid(x, r, f, c.sid_alpha)
+            elif c.divergence == "sim":
+                value = sim(x, r, f, c.distance, c.huber_c, c.distance_power)
+            else:
+                alpha, sigma = self.noise.levels(t, x)
+                value = uni_instruct(x, r, f, self.of_ratio(ratio, t), sigma / alpha, c.exact_divergence)
+            return weighted(value, c.weight, x, r, t, self.noise)
+
+        if c.divergence not in ("reverse_kl", "f_distill"):
+            return implicit.direction(potential, x0, noised, teacher, fake, c.split_gradient)
         with torch.no_grad():
-            f = self.fake_score.denoiser.x0(x_t, t, condition)
-            r = self.teacher.denoiser.guided_x0(x_t, t, batch.condition, self.config.guidance_scale)
-            direction = reverse_kl(r, f) / mean_gap(x0, r)
-        loss = surrogate(draws.x0, direction)
-        yield Losses(loss, {"loss": loss.detach(), "spread": spread(x0), "gap": (f - r).abs().mean()})
+            x_t = noised(x0)
+            f, r = fake(x_t), teacher(x_t)
+            d = reverse_kl(r, f)
+            if c.divergence == "f_distill":
+                d = d * expand(self.of_ratio(ratio, t)[0], d)
+            return weighted(d, c.weight, x0, r, t, self.noise), r, f
+
+    def of_ratio(self, ratio: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """h, r h' and r^2 h'' of each sample, over the batch's mean of h, (B,)."""
+        h, slope, curve = weights(torch.ones_like(t) if ratio is None else ratio, self.config.f)
+        mean = h.mean()
+        return h / mean, slope / mean, curve / mean
+
+    def _fake_score_weighted(self, error: Tensor, t: Tensor) -> Tensor:
+        """Squared errors of the output with the weight that makes them those of epsilon, or of alpha epsilon.
+
+        A VP's v is off by 1 / alpha times epsilon; a flow's velocity keeps its own scale.
+        """
+        c, alpha = self.config, expand(self.noise.alpha(t), error)
+        if c.fake_score_weight != "output" and self.noise.prediction_type == "v_prediction":
+            error = alpha.square() * error
+        return alpha.square() * error if c.fake_score_weight == "alpha_epsilon" else error
 
     @property
     def step_counts(self) -> tuple[int, ...]:
         return tuple(sorted(self.config.steps))
 
     def plan(self, steps: int) -> SamplingPlan:
+        """Even levels below the first by the consistency rule; the first input is c z, with or without sigma's factor."""
         if steps not in self.config.steps:
             counts = ", ".join(map(str, self.step_counts))
             raise UserError(f"steps {steps}: this student was trained for {counts} steps")
-        levels = even_levels(self.noise, steps)
-        scale = start_scale(self.noise)
-        return plan_of_levels(levels, rule="consistency", initial_scale=scale, embedded_guidance=self.guidance)
+        levels = even_levels(self.noise, steps, self.top)
+        return plan_of_levels(levels, rule="consistency", initial_scale=self.scale, embedded_guidance=self.guidance)
 
     def forwards(self) -> dict[str, dict[str, float]]:
         c = self.config
-        rollout = sum((k - 1) / 2 for k in c.steps) / len(c.steps)
-        scores = 1 + (1 if c.guidance_scale in (0, 1) or self.guidance is not None else 2)
-        both = {"forward": rollout + scores, "backward": 2}
-        return {"student and fake_score": both, "fake_score": {"forward": rollout + 1, "backward": 1}}
+        rollout = 0.0 if c.policy == "noised_data" else sum((k - 1) / 2 for k in c.steps) / len(c.steps)
+        teacher, fake, trained = (
+            1 if scale in (0, 1) else 2
+            for scale in (c.guidance_scale, c.fake_guidance_scale, c.fake_train_guidance_scale)
+        )
+        teacher = 2 if c.guidance_scale_max is not None else teacher
+        teacher = teacher if self.guidance is None else 1
+        explicit = c.divergence in ("reverse_kl", "f_distill")
+        scores = (teacher + fake, 0) if explicit else (c.split_gradient * fake, teacher + fake)
+        look = self.discriminator is not None  # a call that stops at the deepest block counts as one
+        graph = look and c.gan_weight > 0
+        trained += 2 * look
+        both = {"forward": rollout + scores[0] + look - graph, "backward": 1 + scores[1] + graph + trained}
+        return {"student and fake_score": both, "fake_score": {"forward": rollout + 1, "backward": trained}}

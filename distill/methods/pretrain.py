@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fewstep.distill.distiller import Batch, Distiller, Losses, Role
 from fewstep.distill.networks import Networks
 from fewstep.distill.objectives.levels import start_scale
 from fewstep.distill.random import Rngs
-from fewstep.samplers.condition import Condition
+from fewstep.samplers.condition import Condition, dropped
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.noise import expand
 from fewstep.samplers.plan import SamplingPlan, uniform_plan
@@ -99,10 +99,3 @@ class Pretrain(Distiller):
 
     def forwards(self) -> dict[str, dict[str, float]]:
         return {"student": {"forward": 0, "backward": 1}}
-
-
-def dropped(condition: Condition, keep: Tensor) -> Condition:
-    """The negative prompt in the rows where `keep`, (B,) bool, is False."""
-    empty = condition.unconditional().tensors
-    rows = {k: torch.where(keep.reshape(-1, *[1] * (v.ndim - 1)), v, empty[k]) for k, v in condition.tensors.items()}
-    return replace(condition, tensors=rows)

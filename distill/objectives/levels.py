@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fewstep.samplers.noise import Discrete, NoiseProcess
+from fewstep.samplers.noise import Discrete, Flow, NoiseProcess
 
 
 def start_scale(noise: NoiseProcess) -> float:
@@ -15,10 +15,23 @@ def start_scale(noise: NoiseProcess) -> float:
     return max(1.0, float(noise.sigma(torch.ones(()))))
 
 
-def even_levels(noise: NoiseProcess, steps: int) -> list[float]:
-    """1, 1 - 1/K, ..., 1/K before the shift; of a table of N levels the nearest multiples of 1/N.
+def even_levels(noise: NoiseProcess, steps: int, top: float = 1.0) -> list[float]:
+    """Top times 1, 1 - 1/K, ..., 1/K before the shift; of a table of N levels the nearest multiples of 1/N.
 
-    The grid of DMD2 and of diffusers' trailing spacing; stock schedulers step through entries of the table only.
+    At top = 1 the grid of DMD2 and of diffusers' trailing spacing; stock schedulers step through entries of the table
+    only.
     """
-    levels = [1 - i / steps for i in range(steps)]
+    levels = [top * (1 - i / steps) for i in range(steps)]
     return [round(v * noise.n) / noise.n for v in levels] if isinstance(noise, Discrete) else levels
+
+
+def signal_lost(noise: NoiseProcess, ratio: float = 2.5) -> float:
+    """Level, before the shift, where sigma / alpha = 2.5; 1 of flows, and where it stays below.
+
+    There SiD's students are called first (arXiv:2404.04057, 2406.01561): index 625 of Stable Diffusion's table.
+    """
+    if isinstance(noise, Flow):
+        return 1.0
+    n = noise.n if isinstance(noise, Discrete) else 100_000
+    t = torch.arange(1, n + 1, dtype=torch.float64) / n
+    return float(t[(noise.sigma(t) / noise.alpha(t) - ratio).abs().argmin()])

@@ -190,10 +190,10 @@ class Denoiser(ABC):
         time = self.noise.model_time(self._rows(t if told is None else told, x_t))
         sides = self.route(time)
         if len(sides) == 1:
-            return [part.float() for part in run(self.networks[next(iter(sides))], x_t, time, condition)]
+            return [_full(part) for part in run(self.networks[next(iter(sides))], x_t, time, condition)]
         parts = [run(self.networks[name], x_t[i], time[i], condition[i]) for name, i in sides.items()]
         order = torch.cat(list(sides.values())).argsort()
-        return [torch.cat(side).float()[order] for side in zip(*parts, strict=True)]
+        return [_full(torch.cat(side))[order] for side in zip(*parts, strict=True)]
 
     @staticmethod
     def _rows(t: Tensor, x: Tensor) -> Tensor:
@@ -213,18 +213,35 @@ class Denoiser(ABC):
         One call at scale 1 (conditional) and 0 (unconditional), otherwise one batched call of 2 B rows. A network that
         takes the scale as an input and has not been told one is told this one instead, in one call.
         """
+        return self._guided(self.x0, x_t, t, condition, scale, told)
+
+    def guided_predict(
+        self, x_t: Tensor, t: Tensor, condition: Condition, scale: float | Tensor, told: Tensor | None = None
+    ) -> Tensor:
+        """The same of the raw prediction, of which x0 is an affine function at each level."""
+        return self._guided(self.predict, x_t, t, condition, scale, told)
+
+    def _guided(
+        self,
+        ask: Callable[[Tensor, Tensor, Condition, Tensor | None], Tensor],
+        x_t: Tensor,
+        t: Tensor,
+        condition: Condition,
+        scale: float | Tensor,
+        told: Tensor | None,
+    ) -> Tensor:
         number = isinstance(scale, int | float)
         if number and scale == 1:
-            return self.x0(x_t, t, condition, told)
+            return ask(x_t, t, condition, told)
         if self.takes_guidance and condition.guidance is None:
-            return self.x0(x_t, t, condition.with_guidance(scale), told)
+            return ask(x_t, t, condition.with_guidance(scale), told)
         if number and scale == 0:
-            return self.x0(x_t, t, condition.unconditional(), told)
+            return ask(x_t, t, condition.unconditional(), told)
         both = concatenate([condition.unconditional(), condition])
         twice = torch.cat([x_t, x_t])
         t = torch.cat([self._rows(t, x_t)] * 2)
         told = None if told is None else torch.cat([self._rows(told, x_t)] * 2)
-        unconditional, conditional = self.x0(twice, t, both, told).chunk(2)
+        unconditional, conditional = ask(twice, t, both, told).chunk(2)
         g = torch.as_tensor(scale, device=x_t.device, dtype=conditional.dtype)
         g = g.reshape(-1, *[1] * (x_t.ndim - 1)) if g.ndim else g
         return unconditional + g * (conditional - unconditional)
@@ -263,6 +280,11 @@ class Denoiser(ABC):
     def with_guidance_input(self) -> Denoiser:
         """The same denoiser around networks that also take a guidance scale and ignore it until trained."""
         raise UserError(f"{type(self.pipeline).__name__}: its network cannot be given a guidance input")
+
+
+def _full(x: Tensor) -> Tensor:
+    """Float32, or float64 if it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def pipeline_size(height: int | None, width: int | None, default: int, multiple: int) -> tuple[int, int]:

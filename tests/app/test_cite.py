@@ -21,6 +21,7 @@ from tests.app.conftest import Answer
         ("lcm", "full", ["2303.01469", "2310.04378"]),
         ("lcm", "lora", ["2303.01469", "2310.04378", "2311.05556"]),
         ("pretrain", "full", []),
+        ("sid", "full", ["2404.04057", "2406.01561"]),
     ],
 )
 def test_papers_of_a_run_and_of_its_student(tmp_path: Path, method: str, student: str, numbers: list[str]):

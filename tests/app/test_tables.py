@@ -18,6 +18,8 @@ def test_methods(fewstep: Callable[..., Answer]):
     assert table["lcm"]["forwards / backwards per iteration"] == "4 / 1"
     assert table["pretrain"]["forwards / backwards per iteration"] == "1 / 1"
     assert (table["dmd2"]["needs"], table["dmd2"]["trains"]) == ("prompts", "student, fake_score")
+    # SiD guided three times: teacher 2, fake score 2 and once more, 2 to train it, the student 1; half a step of rollout
+    assert table["sid"]["forwards / backwards per iteration"] == ("9 / 7 (student and fake_score); 3 / 2 (fake_score)")
     assert "2405.14867" in table["dmd2"]["papers (arXiv)"]
     assert all(name in fewstep("methods").out for name in METHODS)
 

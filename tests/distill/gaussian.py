@@ -83,7 +83,7 @@ def method(folder: Path, teacher: Teacher, **changes: Any) -> Any:
     return methods_distiller(config(folder, student="full", **changes), Networks(teacher, "full"))
 
 
-def lora(folder: Path, pipeline: Any, perturbed: bool = True, **changes: Any) -> Any:
+def lora(folder: Path, pipeline: Any, /, perturbed: bool = True, **changes: Any) -> Any:
     """A method over LoRA roles on a pipeline in memory, each adapter's zero half perturbed in its own way."""
     made = methods_distiller(config(folder, **changes), Networks(denoiser_of(pipeline), "lora", rank=4))
     for seed, role in enumerate(made.roles().values()):
@@ -133,13 +133,17 @@ def laws(method: Distiller, steps: int, prompt: str) -> list[tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a network: whose weights, how many rows, with a graph or not, and the noisy sample and model time."""
+    """One call of a network: whose weights, how many rows, with a graph or not, and the noisy sample and model time.
+
+    `stopped`: it ended at the deepest block that was asked for.
+    """
 
     role: str
     rows: int
     graph: bool
     x_t: Tensor
     time: Tensor
+    stopped: bool = False
 
 
 @contextmanager
@@ -155,9 +159,11 @@ def calls(method: Distiller) -> Iterator[list[Call]]:
         role = (active or "teacher") if hasattr(module, "peft_config") else owners[id(module)]
         output = output[0] if isinstance(output, tuple) else output
         x_t, time = (*args, *kwargs.values())[:2]
-        seen.append(Call(role, len(output), output.requires_grad, x_t.detach(), time.detach()))
+        trained = any(p.requires_grad for p in method.roles()[role].parameters.values())
+        graph = torch.is_grad_enabled() and (x_t.requires_grad or trained) if output is None else output.requires_grad
+        seen.append(Call(role, len(x_t), graph, x_t.detach(), time.detach(), output is None))
 
-    handles = [m.register_forward_hook(note, with_kwargs=True) for m in modules.values()]
+    handles = [m.register_forward_hook(note, with_kwargs=True, always_call=True) for m in modules.values()]
     try:
         yield seen
     finally:

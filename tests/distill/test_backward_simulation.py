@@ -208,3 +208,27 @@ def test_levels_of_each_role(tmp_path: Path):
     assert fake.min() > 0
     pairs = torch.stack([student, fake, draws.eps["student"].flatten(), draws.eps["fake_score"].flatten()])
     assert (torch.corrcoef(pairs) - torch.eye(4)).abs().max() < 0.2  # a deviation of 5%
+
+
+# instead of a rollout
+
+
+def test_noised_data(tmp_path: Path):
+    """One call of the student whatever the step: on c z at the first, on real latents noised to its level at others."""
+    teacher = Teacher(PROCESSES["flow_shifted"], MEAN, STD, side=2)
+    made = dmd2(tmp_path, teacher, steps=[3], policy="noised_data", train_data="in memory")
+    batch = prompts_of(teacher, [SHIFT] * 2)
+    batch.x0 = randn((2, *batch.shape), generators([1, 2]))
+    levels = set()
+    for i in range(12):
+        rng = Rngs(0, i, range(2))
+        with calls(made) as seen:
+            made.draw(batch, rng, i, ["fake_score"])
+        (call,) = seen
+        z, t = rng.normal("start", batch.shape), made.noise.from_model_time(call.time).float()
+        wanted = z if t[0] == 1 else made.noise.add(batch.x0, z, t)
+        assert torch.allclose(call.x_t, wanted, atol=1e-6)
+        levels.add(round(made.noise.unshift(t)[0].item(), 4))  # type: ignore[attr-defined]
+    assert levels == {1, 0.6667, 0.3333}
+    assert made.forwards()["fake_score"] == {"forward": 1, "backward": 1}
+    assert "images" in made.needs_of(made.config)

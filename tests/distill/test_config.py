@@ -11,6 +11,7 @@ from fewstep.distill.config import CONFIGS, METHODS, ConfigError, LCMConfig, Tra
 from fewstep.distill.methods import DISTILLERS
 
 SHIPPED = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
+KNOWN = ", ".join(sorted(METHODS))
 GOOD = {"method": "lcm", "teacher": "folder", "train_data": "images"}
 
 
@@ -25,9 +26,9 @@ def mistakes(values: object, *overrides: str) -> list[str]:
     [
         ({"lerning_rate": 1e-4}, "config: lerning_rate: unknown key; did you mean learning_rate?"),
         ({"xyzzy": 1}, "config: xyzzy: unknown key"),
-        ({"method": "dmd"}, "config: method: 'dmd' is unknown; did you mean dmd2? known: dmd2, lcm, pretrain"),
-        ({"method": None}, "config: method: missing; known: dmd2, lcm, pretrain"),
-        ({"method": ["lcm"]}, "config: method: ['lcm'] is unknown; did you mean lcm? known: dmd2, lcm, pretrain"),
+        ({"method": "dmd"}, f"config: method: 'dmd' is unknown; did you mean dmd2? known: {KNOWN}"),
+        ({"method": None}, f"config: method: missing; known: {KNOWN}"),
+        ({"method": ["lcm"]}, f"config: method: ['lcm'] is unknown; did you mean lcm? known: {KNOWN}"),
         ({"student": "half"}, "config: student: Input should be 'lora' or 'full'; got 'half'"),
         ({"rank": 0}, "config: rank: Input should be greater than or equal to 1; got 0"),
         ({"learning_rate": float("nan")}, "config: learning_rate: Input should be a finite number; got nan"),
@@ -37,6 +38,11 @@ def mistakes(values: object, *overrides: str) -> list[str]:
         # the default of one key may contradict what another is set to
         ({"num_ode_steps": 4}, "config: steps: must be at most num_ode_steps 4; got [1, 2, 4, 8]"),
         ({"method": "dmd2", "min_level": 0.99}, "config: max_level: must exceed min_level 0.99; got 0.98"),
+        (
+            {"method": "sim", "fake_guidance_scale": 2.0},
+            "config: fake_guidance_scale 2 must be fake_train_guidance_scale 1 for divergence sim, whose F - x0 needs the "
+            "student's own denoiser; sid takes two",
+        ),
         (
             {"max_train_steps": "many"},
             "config: max_train_steps: Input should be a valid integer, unable to parse string as an integer; got 'many'",

@@ -15,6 +15,8 @@ from safetensors import safe_open
 
 from fewstep.distill import load_config, train
 from fewstep.distill.config import CONFIGS, METHODS, LCMConfig, TrainConfig
+from fewstep.distill.methods import distiller
+from fewstep.distill.presets import DistributionMatchingConfig
 from fewstep.distill.teachers import embed, untrained
 from fewstep.samplers.load import EMBEDDED
 from fewstep.samplers.manifest import read_manifest
@@ -40,7 +42,7 @@ RECIPES = {
     for path in sorted(CONFIGS.rglob("*.yaml"))
     if path.parent.name != "teachers" and not (config := load_config(path)).teacher.startswith("embedded:")
 }
-EXAMPLES = ("lcm", "dmd2", "pretrain")
+EXAMPLES = tuple(METHODS)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +74,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def of(config: TrainConfig, inputs: list[str], folder: Path) -> list[str]:
     """Overrides for one recipe: what its method does not take is left out, and sizes that it says are small."""
-    unneeded = "train_data=" if config.method == "dmd2" else "prompts="
-    chosen = [i for i in inputs if not i.startswith(unneeded)]
+    family = isinstance(config, DistributionMatchingConfig)
+    unneeded = "prompts=" if "images" in distiller(config.method).needs_of(config) else "train_data="
+    chosen = [i for i in inputs if not i.startswith(unneeded)] + ["fake_score_warmup_steps=0"] * family
     if config.height is not None:
         chosen += ["height=64", "width=64"]
     if config.num_frames is not None:
@@ -157,20 +160,32 @@ def test_the_scripts_of_the_embedded_teacher_lead_to_one(prediction_type: str, i
 
 
 def test_every_method_and_class_has_a_recipe():
-    assert {r.method for r in RECIPES.values()} == {"lcm", "dmd2"}
+    assert {r.method for r in RECIPES.values()} == METHODS.keys() - {"pretrain"}
     assert {r.teacher for r in RECIPES.values()} == TINY.keys()
     assert {(r.method, r.student) for r in RECIPES.values()} >= {
         (m, s) for m in ("lcm", "dmd2") for s in ("lora", "full")
     }
 
 
+def keys_named(page: Path) -> set[str]:
+    """In the first column of the tables under "Keys"."""
+    text = page.read_text()
+    table = text[text.index("## Keys") : text.index("## Cost")]
+    return set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line)))
+
+
 def test_every_method_has_a_page_that_names_its_keys(root: Path):
-    """And an example; pages name no key that there is not."""
+    """And an example; pages name no key that there is not. A family's page has all its keys, a preset's what it sets."""
+    family = keys_named(root / "docs/methods/distribution_matching.md")
+    shared = DistributionMatchingConfig.model_fields.keys()
+    assert shared - TrainConfig.model_fields.keys() <= family <= shared
     for name, model in METHODS.items():
-        page = (root / "docs/methods" / f"{name}.md").read_text()
-        table = page[page.index("## Keys") : page.index("## Cost")]
-        named = set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in table.splitlines() if "|" in line)))
-        own = model.model_fields.keys() - TrainConfig.model_fields.keys()
+        named = keys_named(root / "docs/methods" / f"{name}.md")
+        if issubclass(model, DistributionMatchingConfig):
+            plain = {k: f.get_default() for k, f in DistributionMatchingConfig.model_fields.items()}
+            own = {k for k, f in model.model_fields.items() if k in plain and f.get_default() != plain[k]} - {"method"}
+        else:
+            own = model.model_fields.keys() - TrainConfig.model_fields.keys()
         assert own <= named <= model.model_fields.keys()
         assert (root / "examples" / f"{name}.py").is_file()
 

@@ -1,0 +1,201 @@
+"""f-divergences: h from f itself, gradients from the divergences themselves by quadrature, the ratio by numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.distill.methods.distribution_matching import Draws
+from fewstep.distill.objectives import implicit
+from fewstep.distill.objectives.divergence import reverse_kl, sid
+from fewstep.distill.objectives.f_divergence import H, density_ratio, uni_instruct, weights
+from tests.distill.exact import Laws, exact, rows
+
+F: dict[str, Callable[[Tensor], Tensor]] = {
+    "rkl": lambda r: -r.log(),
+    "kl": lambda r: r * r.log(),
+    "jf": lambda r: (r - 1) * r.log(),
+    "js": lambda r: r * r.log() - (1 + r) * ((1 + r) / 2).log(),
+    "sf": lambda r: (1 + r) * ((1 + r) / (2 * r)).log(),
+    "pearson": lambda r: (r - 1) ** 2,
+    "neyman": lambda r: (1 - r) ** 2 / r,
+    "sh": lambda r: (r.sqrt() - 1) ** 2,
+}
+
+# a student wider than its teacher: every moment of r and 1/r that appears is finite
+MU, S, M, K, ALPHA, NU = 0.7, 0.8, 0.2, 1.1, 0.6, 0.6
+P, Q = S**2 + NU**2, K**2 + NU**2
+SHARES = {  # (r h', -r^2 h'') of the paper's table
+    "rkl": lambda r: (0 * r, 0 * r),
+    "kl": lambda r: (r, 0 * r),
+    "jf": lambda r: (r, 0 * r),
+    "js": lambda r: (r / (1 + r) ** 2, 2 * r**2 / (1 + r) ** 3),
+    "sf": lambda r: (-r / (1 + r) ** 2, -2 * r**2 / (1 + r) ** 3),
+    "pearson": lambda r: (4 * r**2, -4 * r**2),
+    "neyman": lambda r: (-2 / r, -4 / r),
+    "sh": lambda r: (r.sqrt() / 4, r.sqrt() / 8),
+}
+
+
+def line(n: int) -> tuple[Tensor, Tensor]:
+    """Points and masses of a standard normal: the trapezoid rule, exact to rounding for what is smooth and decays."""
+    x = torch.linspace(-14, 14, n, dtype=torch.float64)
+    return x, torch.softmax(-(x**2) / 2, 0)
+
+
+def log_ratio(y: Tensor, m: Tensor | float, q: Tensor | float) -> Tensor:
+    """log of N(MU, P) over N(m, q) at y = x_t / alpha."""
+    q = torch.as_tensor(q, dtype=torch.float64)
+    return ((y - m) ** 2 / q - (y - MU) ** 2 / P) / 2 + (q / P).log() / 2
+
+
+@pytest.mark.parametrize("f", F)
+def test_weights(f: str):
+    """h = r^2 f'' of f itself, and its derivatives as in the paper's table."""
+    r = torch.tensor([0.2, 0.7, 1.0, 1.6, 5.0]).double()
+    x = r.clone().requires_grad_()
+    (first,) = torch.autograd.grad(F[f](x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    h, slope, curve = weights(r, f)
+    assert torch.allclose(h, r**2 * second, rtol=1e-10)
+    wanted_slope, wanted_curve = SHARES[f](r)
+    assert torch.allclose(slope, wanted_slope, atol=1e-12)
+    assert torch.allclose(-curve, wanted_curve, atol=1e-12)
+    assert H.keys() == F.keys()
+
+
+def divergences(f: str) -> tuple[Tensor, Tensor]:
+    """Derivatives in (m, k) of I(nu) = E_q[h |delta|^2] / nu^4 and of D_f = E_q f(r), by autograd of quadratures."""
+    theta = torch.tensor([M, K]).double().requires_grad_()
+    u, mass = line(2001)
+    q = theta[1] ** 2 + NU**2
+    y = theta[0] + q.sqrt() * u
+    r = log_ratio(y, theta[0], q).exp()
+    scores = (y - theta[0]) / q - (y - MU) / P  # s_p - s_q
+    expanded = (mass * H[f](r) * scores**2).sum()
+    return tuple(torch.autograd.grad(v, theta, retain_graph=True)[0] for v in (expanded, (mass * F[f](r)).sum()))  # type: ignore[return-value]
+
+
+def teacher(x_t: Tensor) -> Tensor:
+    return MU + S**2 / P * (x_t / ALPHA - MU)
+
+
+def fake(x_t: Tensor) -> Tensor:
+    return M + K**2 / Q * (x_t / ALPHA - M)
+
+
+@pytest.mark.parametrize("f", F)
+def test_the_exact_gradient_is_that_of_the_expanded_divergence(f: str):
+    """Student M + K z at one level: means of d and d z over z and eps are dI/dm and dI/dk, times nu^4."""
+    z, mass = (v[..., None] for v in line(401))
+    z, eps = z.repeat_interleave(401, 0), z.repeat(401, 1)
+    mass = (mass @ mass.T).reshape(-1)
+    x0 = M + K * z
+    ratio = log_ratio(x0[:, 0] + NU * eps[:, 0], M, Q).exp()
+    potential = partial(
+        uni_instruct, ratio=weights(ratio, f), nu=torch.tensor(NU, dtype=torch.float64), exact=True, bound=float("inf")
+    )
+    d, *_ = implicit.direction(potential, x0, lambda x: ALPHA * (x + NU * eps), teacher, fake)
+    found = torch.stack([(mass * d[:, 0]).sum(), (mass * d[:, 0] * z[:, 0]).sum()]) / NU**4
+    wanted, at_level = divergences(f)
+    assert torch.allclose(found, wanted, rtol=1e-6)
+
+    # f-distill: h (F - R) / nu^2 is the gradient of D_f at this level
+    r, fk = teacher(ALPHA * (x0 + NU * eps)), fake(ALPHA * (x0 + NU * eps))
+    d = weights(ratio, f)[0][:, None] * reverse_kl(r, fk) / NU**2
+    found = torch.stack([(mass * d[:, 0]).sum(), (mass * d[:, 0] * z[:, 0]).sum()])
+    assert torch.allclose(found, at_level, rtol=1e-6)
+
+
+def test_the_published_form():
+    """At h = 1 it is SiD's potential at alpha 1."""
+    x0, r, f = (torch.randn(3, 4, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
+    ones = weights(torch.ones(3).double(), "rkl")
+    assert torch.allclose(uni_instruct(x0, r, f, ones, torch.ones(3, 1), exact=False), sid(x0, r, f, 1.0))
+
+
+def test_density_ratio():
+    """Mean logit, exponentiated, within [0.1, 20], with the mean 1 among like levels: of 32 samples in two halves."""
+    logits = torch.tensor([[0.0, 2.0], [1.0, 1.0], [90.0, 90.0], [-90.0, -90.0]])
+    raw = torch.tensor([2.71828, 2.71828, 20, 0.1])
+    assert torch.allclose(density_ratio(logits, torch.rand(4)), raw / raw.mean(), rtol=1e-5)
+    t = torch.linspace(0, 1, 32)
+    r = density_ratio(torch.where(t < 0.5, 1.0, 2.0)[:, None], t)
+    assert torch.allclose(r, torch.ones(32))  # each half by itself
+    assert not torch.allclose(density_ratio(torch.where(t < 0.5, 1.0, 2.0)[:, None], t, bins=1), torch.ones(32))
+
+
+# in the method
+
+
+BASE: dict[str, Any] = {"method": "uni_instruct", "weight": "none", "gan_weight": 0.0, "train_data": "in memory"}
+
+
+@pytest.mark.parametrize("exact_form", [True, False])
+@pytest.mark.parametrize("name", ["vp", "flow", "edm"])
+def test_the_method_is_the_potential_with_a_normalised_ratio(name: str, exact_form: bool, tmp_path: Path):
+    """h, r h', r^2 h'' divided by the mean of h; nu of each row's level; f_distill has the same h."""
+    x = Laws()
+    made = exact(tmp_path, name, x, **BASE, exact_divergence=exact_form, f="kl")
+    batch, x0, t, eps = rows(made, x)
+    assert batch.condition is not None
+    ratio = torch.linspace(0.5, 2, 16).double()
+    found, r, f = made.direction(x0, t, eps, batch.condition, 1.0, ratio)
+    h, slope, curve = (v / ratio.mean() for v in weights(ratio, "kl"))
+    a, s = made.noise.levels(t, x0)
+    potential = partial(uni_instruct, ratio=(h, slope, curve), nu=s / a, exact=exact_form)
+    wanted, *_ = implicit.direction(
+        potential,
+        x0,
+        lambda x: made.noise.add(x, eps, t),
+        lambda x_t: made.teacher.denoiser.x0(x_t, t, batch.condition),  # type: ignore[arg-type]
+        lambda x_t: made.fake_score.denoiser.x0(x_t, t, batch.condition),  # type: ignore[arg-type]
+    )
+    assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-14)
+    distilled = exact(tmp_path, name, x, **(BASE | {"divergence": "f_distill", "f": "kl"}))
+    d, *_ = distilled.direction(x0, t, eps, batch.condition, 1.0, ratio)
+    assert torch.allclose(d, h.reshape(-1, 1, 1, 1) * (f - r), rtol=1e-10)
+
+
+def test_identities(tmp_path: Path):
+    """Reverse KL, published form: SiD at alpha 1. A ratio of 1: every f alike, and f_distill is DMD."""
+    x = Laws()
+
+    def direction(**changes: Any) -> Tensor:
+        made = exact(tmp_path, "vp", x, **(BASE | changes))
+        batch, x0, t, eps = rows(made, x)
+        assert batch.condition is not None
+        # reverse KL's h is 1 whatever the ratio
+        ratio = torch.linspace(0.5, 2, 16).double() if changes.get("f") == "rkl" else None
+        return made.direction(x0, t, eps, batch.condition, 1.0, ratio)[0]
+
+    unguided = {"fake_guidance_scale": 1.0, "guidance_scale": 1.0, "gan_weight": 0.0}
+    one = direction(method="sid", **unguided)
+    assert torch.allclose(direction(f="rkl"), one, rtol=1e-10)
+    assert all(torch.allclose(direction(f=f), one, rtol=1e-10) for f in ("kl", "js", "sh"))
+    dmd = direction(method="dmd2", **unguided)
+    assert torch.allclose(direction(divergence="f_distill", f="js"), dmd, rtol=1e-10)
+    assert not torch.allclose(dmd, one, rtol=0.1)
+
+
+def test_the_ratio_comes_from_the_discriminator(tmp_path: Path):
+    """Through `loss`: logits of the divergence's own x_t after the warm-up, 1 before."""
+    x = Laws()
+    made = exact(tmp_path, "flow", x, **BASE, f="kl", gan_warmup_steps=5)
+    made.discriminator = lambda x_t, t, condition: 0.5 * x_t.flatten(1)  # type: ignore[assignment]
+    batch, x0, t, eps = rows(made, x)
+    assert batch.condition is not None
+    ratio = density_ratio(0.5 * made.noise.add(x0, eps, t).flatten(1), t)
+    for iteration, r in ((4, None), (5, ratio)):
+        leaf = x0.clone().requires_grad_()
+        (losses,) = made.loss("student", batch, Draws(leaf, {"student": t}, {"student": eps}), iteration)
+        (found,) = torch.autograd.grad(losses.total * x0.numel(), leaf)
+        wanted, *_ = made.direction(x0, t, eps, batch.condition, 1.0, r)
+        assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-14)
+    assert (ratio - 1).abs().max() > 0.1
