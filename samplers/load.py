@@ -22,7 +22,11 @@ from fewstep.samplers.manifest import (
 )
 
 FAMILIES = {  # _class_name in model_index.json
+    "ConsistencyModelPipeline": "fewstep.samplers.denoisers.unet2d:UNet2D",
     "DDPMPipeline": "fewstep.samplers.denoisers.unet2d:UNet2D",
+    "DiTPipeline": "fewstep.samplers.denoisers.dit:DiT",
+    "PixArtAlphaPipeline": "fewstep.samplers.denoisers.pixart:PixArt",
+    "PixArtSigmaPipeline": "fewstep.samplers.denoisers.pixart:PixArt",
     "StableDiffusionPipeline": "fewstep.samplers.denoisers.stable_diffusion:StableDiffusion",
     "StableDiffusion3Pipeline": "fewstep.samplers.denoisers.stable_diffusion_3:StableDiffusion3",
     "WanPipeline": "fewstep.samplers.denoisers.wan:Wan",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
-from tests.pipelines import PROMPTS, tiny_ddpm, tiny_wan
+from tests.pipelines import PROMPTS, tiny_classes, tiny_ddpm, tiny_dit, tiny_wan
 from tests.samplers.families import FAMILIES, PROMPTED, SIZE, family, inputs
 
 # what moves the output
@@ -137,14 +139,14 @@ def test_wan_takes_a_time_per_frame():
 # images
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3"])
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3", "pixart"])
 def test_latents_of_images_are_those_of_image_to_image(name: str):
     """(mode - shift) * scaling of the pipeline's own preprocessing, with the config's numbers."""
     denoiser = family(name)
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     vae = denoiser.pipeline.vae
     mode = vae.encode(denoiser.pipeline.image_processor.preprocess(images)).latent_dist.mode()
-    shift = {"stable_diffusion": 0.0, "stable_diffusion_3": 0.2}[name]
+    shift = {"stable_diffusion_3": 0.2}.get(name, 0.0)
     torch.testing.assert_close(denoiser.to_latents(images), (mode - shift) * 0.7)
 
 
@@ -173,7 +175,7 @@ def test_images_are_differentiable_in_latents(name: str):
     x = (0.3 * x).requires_grad_()
     (gradient,) = torch.autograd.grad(denoiser.to_images(x).sum(), x)
     assert gradient.norm() > 0
-    if name == "unet2d":
+    if name.startswith("unet2d"):
         assert denoiser.to_images(torch.full_like(x, 3.0)).max() == 2
 
 
@@ -185,6 +187,9 @@ def test_sizes():
     assert family("stable_diffusion_3").latent_shape() == (4, 8, 8)
     assert family("wan").latent_shape(frames=81) == (4, 21, 60, 104)
     assert family("unet2d").latent_shape(16) == (3, 16, 8)
+    assert family("pixart").latent_shape(24, 32) == (4, 12, 16)
+    assert family("dit").latent_shape(16) == (4, 8, 8)
+    assert family("dit").pixels() == (16, 16)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +200,8 @@ def test_sizes():
         ("wan", {"height": 72, "width": 64}, "72x64: both must be divisible by 16"),
         ("wan", {"frames": 16}, "16 frames: must be 1 more than a multiple of 4"),
         ("unet2d", {"height": 9}, "9x8: both must be divisible by 2"),
+        ("pixart", {"height": 18}, "18x16: both must be divisible by 4"),
+        ("dit", {"width": 32}, "16x32: DiTPipeline samples at its own size alone, 16x16"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(name: str, size: dict[str, int], message: str):
@@ -202,11 +209,89 @@ def test_sizes_that_do_not_fit_are_refused(name: str, size: dict[str, int], mess
         family(name).latent_shape(**size)
 
 
-def test_a_class_conditional_unet_is_refused():
+def test_a_class_conditional_unet_needs_a_pipeline_that_passes_labels_on():
     pipe = tiny_ddpm()
     pipe.unet.register_to_config(num_class_embeds=10)
-    with pytest.raises(UserError, match="class-conditional"):
+    with pytest.raises(UserError, match=r"class-conditional, .* save it as ConsistencyModelPipeline\(unet, scheduler"):
         denoiser_of(pipe)
+    pipe = tiny_classes()
+    pipe.unet.register_to_config(class_embed_type="timestep")
+    with pytest.raises(UserError, match="class_embed_type timestep is not supported"):
+        denoiser_of(pipe)
+
+
+# labels
+
+
+def test_labels_are_names_or_numbers():
+    """Any of a class's names, in any case; "" is the null class, with which DiT guides."""
+    dit = family("dit")
+    condition = dit.encode(["Tinca tinca", "labrador Retriever", " 999", ""])
+    assert condition.tensors["class_labels"].tolist() == [0, 208, 999, 1000]
+    assert condition.negative["class_labels"].tolist() == [1000]
+    assert dit.encode(["1"], "cock").negative["class_labels"].tolist() == [7]
+    assert dit.examples == ("Tinca tinca", "goldfish")
+    assert denoiser_of(tiny_dit(labels=False)).examples == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "message"),
+    [
+        ("dit", "golden retriver", "'golden retriver': no such class; did you mean golden retriever"),
+        ("dit", "1000", r"label '1000': no such class; allowed: a number in 0\.\.999, or a name such as labrador"),
+        ("dit", "-1", "label '-1': no such class"),
+        ("unet2d_classes", "5", r"label '5': no such class; allowed: a number in 0\.\.4$"),
+        ("unet2d_classes", "", "label '': no such class"),
+    ],
+)
+def test_an_unknown_label_is_one_line(name: str, label: str, message: str):
+    with pytest.raises(UserError, match=message) as raised:
+        family(name).encode([label])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_dit_of_other_classes_is_refused():
+    """The stock pipeline's null class is 1000 whatever the network has."""
+    pipe = tiny_dit()
+    pipe.transformer.register_to_config(num_embeds_ada_norm=10)
+    with pytest.raises(UserError, match="guides with class 1000, and this transformer has 10 classes"):
+        denoiser_of(pipe)
+
+
+def test_the_names_of_classes_are_saved_with_a_pipeline(tmp_path: Path):
+    """As plain diffusers alone would not; a name that two classes share stays the one that it was."""
+    from diffusers import DiTPipeline
+
+    pipe = tiny_dit(tmp_path / "as it was")
+    denoiser_of(pipe)
+    pipe.save_pretrained(tmp_path / "seen")
+    labels = [DiTPipeline.from_pretrained(tmp_path / name).labels for name in ("as it was", "seen")]
+    assert labels == [{}, pipe.labels]
+    assert pipe.labels["Tinca tinca"] == 0
+
+
+def test_pixart_reads_the_mask_and_is_told_the_size():
+    """Tokens that the mask leaves out change nothing; another height changes the output."""
+    denoiser, x, condition = inputs("pixart")
+    output = denoiser.predict(x, torch.ones(2), condition)
+    hidden, mask = (condition.tensors[k] for k in ("encoder_hidden_states", "encoder_attention_mask"))
+    assert hidden.shape[1] == mask.shape[1] == 120
+    assert mask.sum(dim=1).tolist() == [34, 7]  # characters, a space before the first, and the end
+    kept = hidden.clone()
+    hidden[mask == 0] = 100
+    torch.testing.assert_close(denoiser.predict(x, torch.ones(2), condition), output)
+    hidden.copy_(kept)
+    embedder = denoiser.network.adaln_single.emb
+    seen: list[Tensor] = []
+    handles = [m.register_forward_pre_hook(lambda m, a: seen.append(a[0])) for m in (embedder.additional_condition_proj,)]
+    denoiser.predict(torch.randn(2, 4, 12, 16), torch.ones(2), condition)
+    handles[0].remove()
+    assert [s.tolist() for s in seen] == [[24, 32, 24, 32], [0.75, 0.75]]
+    for layer in (embedder.resolution_embedder, embedder.aspect_ratio_embedder):
+        bias, before = layer.linear_2.bias, layer.linear_2.bias.clone()
+        bias += 1
+        assert (denoiser.predict(x, torch.ones(2), condition) - output).norm() > 0.01 * output.norm()
+        bias.copy_(before)
 
 
 # LoRA targets
@@ -218,7 +303,7 @@ def test_every_lora_target_is_there_and_attention_and_feed_forward_are_covered(n
     denoiser = family(name)
     layers = [k for k, m in denoiser.network.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
     matched = {k for k in layers if k.endswith(tuple("." + end for end in denoiser.lora_targets))}
-    if name != "unet2d":  # its blocks are a subset of StableDiffusion's
+    if not name.startswith("unet2d"):  # its blocks are a subset of StableDiffusion's
         for end in denoiser.lora_targets:
             assert any(k.endswith("." + end) for k in layers), end
     wanted = {k for k in layers if any(part in k for part in ("attn", "attentions", ".ff", "ffn")) and "norm" not in k}
