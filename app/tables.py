@@ -9,7 +9,7 @@ import torch
 
 from fewstep.app.cite import BEHIND, PAPERS
 from fewstep.distill.config import METHODS
-from fewstep.distill.methods import distiller
+from fewstep.distill.methods import distiller, why_not
 from fewstep.distill.networks import Networks
 from fewstep.samplers.load import FAMILIES, family
 from fewstep.samplers.noise import Flow
@@ -49,12 +49,24 @@ def methods() -> list[list[str]]:
 
 
 def backbones() -> list[list[str]]:
-    """A row for each pipeline class: networks, students, and what it is."""
-    table = [["pipeline", "networks", "student in plain diffusers", "what it is"]]
+    """A row for each pipeline class: networks, the students that each method makes of it, and what it is."""
+    table = [["pipeline", "networks", *sorted(METHODS), "what it is"]]
     for name in sorted(FAMILIES):
         cls = family(name)
         about = (importlib.import_module(cls.__module__).__doc__ or "").strip().splitlines()[0]
         about = about.partition(": ")[2].rstrip(".") or about
-        student = "LoRA or full" if cls.takes_lora else "full (a LoRA is fused)"
-        table.append([name, ", ".join(cls.network_names), student, about])
+        students = "LoRA, full" if cls.takes_lora else "LoRA*, full"
+        cells = ["-" if why_not(method, cls) else students for method in sorted(METHODS)]
+        table.append([name, ", ".join(cls.network_names), *cells, about])
     return table
+
+
+def remarks() -> list[str]:
+    """What the signs in the table of backbones mean: a line for LoRA*, and one for each reason of a -."""
+    missing: dict[str, list[str]] = {}
+    for name in sorted(FAMILIES):
+        for method in sorted(METHODS):
+            if reason := why_not(method, family(name)):
+                missing.setdefault(reason, []).append(f"{method} of {name}")
+    lines = ["LoRA*: the pipeline loads none, so that it is saved added into the weights, and by itself for peft"]
+    return lines + [f"-: {', '.join(cells)}: {reason}" for reason, cells in missing.items()]

@@ -249,7 +249,11 @@ def tiny_dit(labels: bool = True) -> Any:
     transformer = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8
     )
-    return DiTPipeline(transformer, image_vae(), DDIMScheduler(**MILD, clip_sample=False), LABELS if labels else None)
+    scheduler = DDIMScheduler(**MILD, clip_sample=False)
+    pipeline = DiTPipeline(transformer, image_vae(), scheduler, LABELS if labels else None)
+    if labels:
+        pipeline.register_to_config(id2label=LABELS)  # as in the published folder; the pipeline itself keeps them not
+    return pipeline
 
 
 @seeded

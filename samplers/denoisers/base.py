@@ -37,6 +37,9 @@ class Denoiser(ABC):
     takes_lora: ClassVar[bool] = True
     """Whether the pipeline has `load_lora_weights`."""
 
+    clips: ClassVar[bool] = False
+    """Whether a sample is a clip, (C, frames, height, width)."""
+
     takes_prompts: bool = True
     """Whether prompts say anything to it; where not, `encode` only counts them."""
 

