@@ -102,8 +102,10 @@ def stock_images(
     wanted["output_type"] = "np" if "batch_size" in wanted else "pt"
     if "guidance_scale" in takes:
         wanted["guidance_scale"] = guidance_scale
-        if guidance_scale > 1 and (negative_prompt or "negative_prompt" in takes):
+        if guidance_scale > 1 and negative_prompt:
             wanted["negative_prompt"] = [negative_prompt] * len(prompts)
+    if "use_resolution_binning" in takes:
+        wanted["use_resolution_binning"] = False  # the size that was asked, not the nearest of a list
     unknown = [k for k in wanted if k not in takes]
     if unknown:
         raise UserError(f"{type(pipeline).__name__} takes no {', '.join(unknown)}")

@@ -73,7 +73,8 @@ def stock(denoiser: Denoiser, plans: Mapping[int, SamplingPlan]) -> tuple[Any, d
         )
     for steps, plan in plans.items():
         _refuse(steps, plan, denoiser)
-    guidance = {steps: _guidance(steps, plan, denoiser) for steps, plan in plans.items()}
+    own_size = {"use_resolution_binning": False} if "use_resolution_binning" in _takes(denoiser) else {}
+    guidance = {steps: own_size | _guidance(steps, plan, denoiser) for steps, plan in plans.items()}
     expressed: set[int] = set()
     for scheduler in _schedulers(denoiser, plans):
         calls = {}

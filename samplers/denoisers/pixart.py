@@ -24,8 +24,8 @@ class PixArt(Denoiser):
 
     @staticmethod
     def call_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
-        # captions are cleaned only where two further packages happen to be installed; binning takes another size than asked
-        return {"prompt": list(prompts), "clean_caption": False, "use_resolution_binning": False}
+        # by default captions are cleaned, but only where two further packages happen to be installed
+        return {"prompt": list(prompts), "clean_caption": False}
 
     def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
         negatives = [negative] if isinstance(negative, str) else list(negative)
