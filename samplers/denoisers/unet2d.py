@@ -27,6 +27,11 @@ class UNet2D(Denoiser):
     takes_lora = False
 
     def __init__(self, pipeline: Any, *args: Any, **kwargs: Any):
+        if type(pipeline.scheduler).__name__ == "CMStochasticIterativeScheduler":
+            raise UserError(
+                "ConsistencyModelPipeline: with CMStochasticIterativeScheduler it samples in few steps already and is no "
+                "teacher: its network gives ends of trajectories, not means; a teacher has DDPMScheduler or the like"
+            )
         super().__init__(pipeline, *args, **kwargs)
         name, config = type(pipeline).__name__, pipeline.unet.config
         if config.class_embed_type:

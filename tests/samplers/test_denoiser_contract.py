@@ -220,6 +220,16 @@ def test_a_class_conditional_unet_needs_a_pipeline_that_passes_labels_on():
         denoiser_of(pipe)
 
 
+def test_a_consistency_model_is_no_teacher():
+    """Its network, whose input and output the scheduler scales, gives the ends of trajectories."""
+    from diffusers import CMStochasticIterativeScheduler
+
+    pipe = tiny_classes()
+    pipe.scheduler = CMStochasticIterativeScheduler()
+    with pytest.raises(UserError, match="few steps already and is no teacher"):
+        denoiser_of(pipe)
+
+
 # labels
 
 

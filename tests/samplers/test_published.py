@@ -186,7 +186,7 @@ TABLE = {
         lambda: pixart("PixArtSigmaPipeline", 128, False), (600, 0.03), PIXART, (4, 128, 128)
     ),
     # 296M: arXiv:2105.05233, of ImageNet 64
-    "ImageNet-64 of consistency models": Published(imagenet_64, (296, 1e-3), ADM, (3, 64, 64)),
+    "ADM ImageNet-64": Published(imagenet_64, (296, 1e-3), ADM, (3, 64, 64)),
 }
 
 
