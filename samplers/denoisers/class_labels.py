@@ -39,5 +39,7 @@ def _class_id(prompt: str, classes: int, names: Mapping[str, int], null: int | N
 
 def example_labels(classes: int, labels: Mapping[str, int]) -> tuple[str, ...]:
     """Two prompts: names of the first two classes where they have one."""
-    names = {number: name for name, number in reversed(labels.items())}
+    names: dict[int, str] = {}
+    for name, number in labels.items():
+        names.setdefault(number, name)
     return tuple(names.get(number, str(number)) for number in range(min(2, classes)))
