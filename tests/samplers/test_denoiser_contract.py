@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
-from tests.pipelines import PROMPTS, tiny_classes, tiny_ddpm, tiny_dit, tiny_wan
+from tests.pipelines import PROMPTS, tiny_wan
 from tests.samplers.families import FAMILIES, PROMPTED, SIZE, family, inputs
 
 # what moves the output
@@ -207,103 +205,6 @@ def test_sizes():
 def test_sizes_that_do_not_fit_are_refused(name: str, size: dict[str, int], message: str):
     with pytest.raises(UserError, match=message):
         family(name).latent_shape(**size)
-
-
-def test_a_class_conditional_unet_needs_a_pipeline_that_passes_labels_on():
-    pipe = tiny_ddpm()
-    pipe.unet.register_to_config(num_class_embeds=10)
-    with pytest.raises(UserError, match=r"class-conditional, .* save it as ConsistencyModelPipeline\(unet, scheduler"):
-        denoiser_of(pipe)
-    pipe = tiny_classes()
-    pipe.unet.register_to_config(class_embed_type="timestep")
-    with pytest.raises(UserError, match="class_embed_type timestep is not supported"):
-        denoiser_of(pipe)
-
-
-def test_a_consistency_model_is_no_teacher():
-    """Its network, whose input and output the scheduler scales, gives the ends of trajectories."""
-    from diffusers import CMStochasticIterativeScheduler
-
-    pipe = tiny_classes()
-    pipe.scheduler = CMStochasticIterativeScheduler()
-    with pytest.raises(UserError, match="few steps already and is no teacher"):
-        denoiser_of(pipe)
-
-
-# labels
-
-
-def test_labels_are_names_or_numbers():
-    """Any of a class's names, in any case; "" is the null class, with which DiT guides."""
-    dit = family("dit")
-    condition = dit.encode(["Tinca tinca", "labrador Retriever", " 999", ""])
-    assert condition.tensors["class_labels"].tolist() == [0, 208, 999, 1000]
-    assert condition.negative["class_labels"].tolist() == [1000]
-    assert dit.encode(["1"], "cock").negative["class_labels"].tolist() == [7]
-    assert dit.examples == ("Tinca tinca", "goldfish")
-    assert denoiser_of(tiny_dit(labels=False)).examples == ("0", "1")
-
-
-@pytest.mark.parametrize(
-    ("name", "label", "message"),
-    [
-        ("dit", "golden retriver", "'golden retriver': no such class; did you mean golden retriever"),
-        ("dit", "1000", r"label '1000': no such class; allowed: a number in 0\.\.999, or a name such as labrador"),
-        ("dit", "-1", "label '-1': no such class"),
-        ("unet2d_classes", "5", r"label '5': no such class; allowed: a number in 0\.\.4$"),
-        ("unet2d_classes", "", "label '': no such class"),
-    ],
-)
-def test_an_unknown_label_is_one_line(name: str, label: str, message: str):
-    with pytest.raises(UserError, match=message) as raised:
-        family(name).encode([label])
-    assert "\n" not in str(raised.value)
-
-
-def test_a_dit_of_other_classes_is_refused():
-    """The stock pipeline's null class is 1000 whatever the network has."""
-    pipe = tiny_dit()
-    pipe.transformer.register_to_config(num_embeds_ada_norm=10)
-    with pytest.raises(UserError, match="guides with class 1000, and this transformer has 10 classes"):
-        denoiser_of(pipe)
-
-
-def test_the_names_of_classes_are_saved_with_a_pipeline(tmp_path: Path):
-    """As plain diffusers, which reads them from the published folder, does not by itself."""
-    from diffusers import DiTPipeline
-
-    tiny_dit(tmp_path / "published")
-    pipe = DiTPipeline.from_pretrained(tmp_path / "published")
-    denoiser_of(pipe)
-    pipe.save_pretrained(tmp_path / "saved")
-    assert DiTPipeline.from_pretrained(tmp_path / "saved").labels == pipe.labels == family("dit").pipeline.labels
-    assert pipe.labels["Tinca tinca"] == 0
-
-
-def test_pixart_reads_the_mask_and_is_told_the_size():
-    """Tokens that the mask leaves out change nothing; another height changes the output."""
-    denoiser, x, condition = inputs("pixart")
-    output = denoiser.predict(x, torch.ones(2), condition)
-    hidden, mask = (condition.tensors[k] for k in ("encoder_hidden_states", "encoder_attention_mask"))
-    assert hidden.shape[1] == mask.shape[1] == 120
-    assert mask.sum(dim=1).tolist() == [34, 7]  # characters, a space before the first, and the end
-    kept = hidden.clone()
-    hidden[mask == 0] = 100
-    torch.testing.assert_close(denoiser.predict(x, torch.ones(2), condition), output)
-    hidden.copy_(kept)
-    embedder = denoiser.network.adaln_single.emb
-    seen: list[Tensor] = []
-    handles = [
-        m.register_forward_pre_hook(lambda m, a: seen.append(a[0])) for m in (embedder.additional_condition_proj,)
-    ]
-    denoiser.predict(torch.randn(2, 4, 12, 16), torch.ones(2), condition)
-    handles[0].remove()
-    assert [s.tolist() for s in seen] == [[24, 32, 24, 32], [0.75, 0.75]]
-    for layer in (embedder.resolution_embedder, embedder.aspect_ratio_embedder):
-        bias, before = layer.linear_2.bias, layer.linear_2.bias.clone()
-        bias += 1
-        assert (denoiser.predict(x, torch.ones(2), condition) - output).norm() > 0.01 * output.norm()
-        bias.copy_(before)
 
 
 # LoRA targets

@@ -9,16 +9,7 @@ from torch import Tensor
 from fewstep.samplers.load import denoiser_of
 from fewstep.samplers.plan import generators, plan_of_scheduler, sample, uniform_plan
 from fewstep.samplers.rules import randn
-from tests.pipelines import (
-    PROMPTS,
-    tiny_classes,
-    tiny_ddpm,
-    tiny_dit,
-    tiny_pixart,
-    tiny_stable_diffusion,
-    tiny_stable_diffusion_3,
-    tiny_wan,
-)
+from tests.pipelines import PROMPTS, tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
 from tests.samplers.families import SIZE
 
 SEEDS = [11, 12]
@@ -166,68 +157,6 @@ def test_unet2d_drops_a_learned_variance():
     torch.testing.assert_close(denoiser.predict(x, t, denoiser.encode(["", ""])), both[:, :3])
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-def test_dit(spacing: str, guidance_scale: float):
-    """Which gives images alone. Its rows are conditional first; a negative label is not its null class."""
-    pipe = tiny_dit()
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=spacing)
-    denoiser = denoiser_of(pipe)
-    plan = plan_of_scheduler(pipe.scheduler, denoiser, 10, guidance_scale)
-    call = {"num_inference_steps": 10, "guidance_scale": guidance_scale, "output_type": "pt"}
-    theirs = pipe([1, 208], generator=generators(SEEDS), **call).images
-    labels = ["goldfish", "Labrador retriever"]
-    close(denoiser.decode(sample(denoiser, denoiser.encode(labels), plan, SEEDS)), theirs)
-    if guidance_scale > 1:
-        other = denoiser.decode(sample(denoiser, denoiser.encode(labels, "cock"), plan, SEEDS))
-        assert (other - theirs).norm() > 0.01 * theirs.norm()
-
-
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
-@pytest.mark.parametrize("variant", ["alpha", "alpha with micro-conditions", "sigma"])
-def test_pixart(variant: str, guidance_scale: float):
-    """The stock pipeline tells the size where the transformer's own is 1024 pixels, and only there."""
-    from diffusers import DDIMScheduler
-
-    micro = "micro" in variant
-    pipe = tiny_pixart(sigma=variant == "sigma", sample_size=128 if micro else 8, micro_conditions=micro)
-    denoiser = denoiser_of(pipe)  # reads DPM-Solver++'s config
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, timestep_spacing="trailing")
-    plan = plan_of_scheduler(pipe.scheduler, denoiser, 10, guidance_scale)
-    theirs = pipe(
-        **denoiser.call_arguments(pipe, PROMPTS),
-        **{"negative_prompt": ["blurry"] * 2, "num_inference_steps": 10, "height": 16, "width": 24},
-        **{"guidance_scale": guidance_scale, "use_resolution_binning": False},
-        generator=generators(SEEDS),
-        output_type="latent",
-    ).images
-    shape = denoiser.latent_shape(16, 24)
-    close(sample(denoiser, denoiser.encode(PROMPTS, "blurry"), plan, SEEDS, shape), theirs)
-
-
-def test_pixart_drops_a_learned_variance():
-    """The first half of the channels is the prediction."""
-    denoiser = denoiser_of(tiny_pixart())
-    x, condition = randn((2, 4, 8, 8), generators(SEEDS)), denoiser.encode(PROMPTS)
-    both = denoiser.network(x, timestep=torch.tensor([999.0, 499.0]), **condition.tensors).sample
-    assert both.shape == (2, 8, 8, 8)
-    torch.testing.assert_close(denoiser.predict(x, torch.tensor([1.0, 0.5]), condition), both[:, :4])
-
-
-@pytest.mark.parametrize("classes", [5, None])
-def test_unet2d_of_classes(classes: int | None):
-    from diffusers import DDIMScheduler
-
-    pipe = tiny_classes(classes=classes)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    denoiser = denoiser_of(pipe)
-    assert denoiser.takes_prompts == (classes is not None)
-    plan = plan_of_scheduler(pipe.scheduler, denoiser, 10)
-    call = {"batch_size": 2, "class_labels": [3, 0] if classes else None, "num_inference_steps": 10}
-    theirs = pipe(**call, generator=generators(SEEDS), output_type="pt").images
-    close(denoiser.decode(sample(denoiser, denoiser.encode(["3", "0"]), plan, SEEDS)), theirs)
-
-
 def test_images_are_those_of_the_pipeline():
     """The same call, asked for latents and for images."""
     for build in (tiny_stable_diffusion, tiny_stable_diffusion_3):
@@ -237,10 +166,6 @@ def test_images_are_those_of_the_pipeline():
         latents = pipe(PROMPTS, **call, generator=generators(SEEDS), output_type="latent").images
         images = pipe(PROMPTS, **call, generator=generators(SEEDS), output_type="pt").images
         close(denoiser.decode(latents, batch_size=1), images)
-    pipe = tiny_pixart()
-    call |= {**denoiser_of(pipe).call_arguments(pipe, PROMPTS), "use_resolution_binning": False}
-    latents, images = (pipe(**call, generator=generators(SEEDS), output_type=o).images for o in ("latent", "pt"))
-    close(denoiser_of(pipe).decode(latents, batch_size=1), images)
     pipe = tiny_wan()
     call = {"num_inference_steps": 2, "guidance_scale": 1.0, **CLIP}
     latents = pipe(PROMPTS, **call, generator=generators(SEEDS), output_type="latent").frames
