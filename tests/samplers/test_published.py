@@ -94,7 +94,7 @@ def wan(heads: int, layers: int, feed_forward: int, boundary_ratio: float | None
     return WanPipeline(
         None,
         None,
-        AutoencoderKLWan(),
+        on_meta(AutoencoderKLWan),
         scheduler,
         **networks,
         boundary_ratio=boundary_ratio,  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ ADM = (9 + 1 + 12) * 4 + (12 + 3 + 2 + 16 + 3) * 3 + 3 + 16
 """22 attentions of 4, 36 residual blocks of 3 (six of them resample), shortcuts where channels change."""
 
 EMBEDDERS = 256 * 1152 + 1152 + 1152**2 + 1152 + 1001 * 1152
-"""Of time and class, which diffusers gives to each of DiT's 28 blocks: 27 more than the paper's 675M count."""
+"""Of time and class, which diffusers gives to each of DiT's 28 blocks: 27 more of them than the paper's 675M count."""
 
 CLIP = {"height": 480, "width": 832, "frames": 81}
 TABLE = {
