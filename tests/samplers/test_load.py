@@ -120,10 +120,10 @@ def test_an_index_that_is_none(text: str, tmp_path: Path):
 def test_an_unsupported_class_names_the_supported_ones(broken: Path):
     """Before any weight loads: there is none here."""
     index = broken / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxPipeline"}))
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "KandinskyPipeline"}))
     shutil.rmtree(broken / "unet")
     line = complaint(lambda: load(broken))
-    assert line == f"pipeline class FluxPipeline is not supported; supported: {', '.join(sorted(FAMILIES))}"
+    assert line == f"pipeline class KandinskyPipeline is not supported; supported: {', '.join(sorted(FAMILIES))}"
 
 
 def test_corrupt_weights(broken: Path):
