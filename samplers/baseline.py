@@ -102,7 +102,7 @@ def stock_images(
     wanted["output_type"] = "np" if "batch_size" in wanted else "pt"
     if "guidance_scale" in takes:
         wanted["guidance_scale"] = guidance_scale
-        if guidance_scale > 1 and negative_prompt:
+        if guidance_scale > 1 and negative_prompt:  # without one SDXL takes zeros, not the embedding of ""
             wanted["negative_prompt"] = [negative_prompt] * len(prompts)
     if "use_resolution_binning" in takes:
         wanted["use_resolution_binning"] = False  # the size that was asked, not the nearest of a list

@@ -27,8 +27,11 @@ FAMILIES = {  # _class_name in model_index.json
     "DiTPipeline": "fewstep.samplers.denoisers.dit:DiT",
     "PixArtAlphaPipeline": "fewstep.samplers.denoisers.pixart:PixArt",
     "PixArtSigmaPipeline": "fewstep.samplers.denoisers.pixart:PixArt",
+    "FluxPipeline": "fewstep.samplers.denoisers.flux:Flux",
+    "SanaPipeline": "fewstep.samplers.denoisers.sana:Sana",
     "StableDiffusionPipeline": "fewstep.samplers.denoisers.stable_diffusion:StableDiffusion",
     "StableDiffusion3Pipeline": "fewstep.samplers.denoisers.stable_diffusion_3:StableDiffusion3",
+    "StableDiffusionXLPipeline": "fewstep.samplers.denoisers.stable_diffusion_xl:StableDiffusionXL",
     "WanPipeline": "fewstep.samplers.denoisers.wan:Wan",
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.noise import Flow
-from fewstep.samplers.rules import RULES, add_noise, randn
+from fewstep.samplers.rules import RULES, randn
 
 if TYPE_CHECKING:
     from fewstep.samplers.condition import Condition
@@ -157,5 +157,5 @@ def sample(
                 x0 = clipped
             if callback:
                 callback(i, x0)
-            x = add_noise(*rule(x, x0, t, s, d.noise, z), random).float() if step.to > 0 else x0.float()
+            x = d.add_noise(*rule(x, x0, t, s, d.noise, z), random).float() if step.to > 0 else x0.float()
     return x

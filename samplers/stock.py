@@ -20,7 +20,7 @@ from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.noise import Discrete, Flow, NoiseProcess
 from fewstep.samplers.plan import SamplingPlan, generators, sample
-from fewstep.samplers.rules import randn
+from fewstep.samplers.rules import add_noise, randn
 
 TOLERANCE = 1e-5  # relative; a neighbouring level of a thousand is off by 1e-3
 
@@ -114,7 +114,9 @@ def _refuse(steps: int, plan: SamplingPlan, denoiser: Denoiser) -> None:
         why = "changes the student on the way"
     elif plan.rule in ("tcd", "same_noise") and len(plan.steps) > 1:
         why = f"uses rule {plan.rule}"
-    elif plan.initial_scale != 1 and not hasattr(denoiser.pipeline, "prepare_extra_step_kwargs"):
+    elif plan.initial_scale != 1 and (
+        isinstance(denoiser.noise, Flow) or not hasattr(denoiser.pipeline, "prepare_extra_step_kwargs")
+    ):
         why = f"starts from noise scaled by {plan.initial_scale:g}"
     if why:
         raise UserError(f"plan of {steps} steps: {why}, which no stock scheduler of {_class(denoiser)} does")
@@ -134,6 +136,12 @@ def _guidance(steps: int, plan: SamplingPlan, denoiser: Denoiser) -> dict[str, f
         if plan.embedded_guidance is None or any(s != 1 for s in scales):
             raise UserError(f"{where} must be the network's input alone (embedded_guidance, and guidance_scale 1)")
         return {"guidance_scale": plan.embedded_guidance}
+    if "true_cfg_scale" in takes:  # its guidance_scale is the input that this network lacks
+        if any(s != 1 for s in scales):
+            raise UserError(
+                f"{where} {sorted(set(scales))}: {_class(denoiser)} guides this network by true_cfg_scale only"
+            )
+        return {}
     groups: dict[str, list[float]] = {"guidance_scale": scales}
     boundary = getattr(denoiser.pipeline.config, "boundary_ratio", None)
     if boundary is not None and "guidance_scale_2" in takes:
@@ -222,7 +230,7 @@ class _Toy:
     """In place of a denoiser: a raw prediction that depends on x_t and on the time told, bounded."""
 
     def __init__(self, noise: NoiseProcess):
-        self.noise, self.device = noise, torch.device("cpu")
+        self.noise, self.device, self.add_noise = noise, torch.device("cpu"), add_noise
 
     def __call__(self, x_t: Tensor, time: Tensor) -> Tensor:
         return torch.tanh(x_t) * (1 + time.float() / 1000)

@@ -44,8 +44,8 @@ class Consistency(Distiller):
 
     def __init__(self, config: LCMConfig, networks: Networks):
         self.config = config
-        self.embedded = config.guidance_scale_max is not None
         self.teacher = networks.teacher()
+        self.embedded = config.guidance_scale_max is not None or self.teacher.denoiser.takes_guidance
         self.student = networks.trained("student", guidance_input=self.embedded)
         self.target = self.student
         if config.student == "full" and config.target_ema_decay > 0:
@@ -90,11 +90,12 @@ class Consistency(Distiller):
             raise UserError(f"steps {steps}: this student is sampled in {', '.join(map(str, self.step_counts))} steps")
         n = self.config.num_ode_steps
         levels = [(n - (i * n) // steps) / n for i in range(steps)]
-        high = self.config.guidance_scale_max
-        guidance = None if high is None else (self.config.guidance_scale + high) / 2
+        low, high = self.config.guidance_scale, self.config.guidance_scale_max
+        guidance = (low if high is None else (low + high) / 2) if self.embedded else None
         scale = start_scale(self.noise)
         return plan_of_levels(levels, rule="consistency", initial_scale=scale, embedded_guidance=guidance)
 
     def forwards(self) -> dict[str, dict[str, float]]:
-        teacher = 1 if self.config.guidance_scale in (0, 1) and not self.embedded else 2
+        one = self.teacher.denoiser.takes_guidance or (self.config.guidance_scale in (0, 1) and not self.embedded)
+        teacher = 1 if one else 2
         return {"student": {"forward": teacher + 1, "backward": 1}}

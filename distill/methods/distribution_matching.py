@@ -44,6 +44,8 @@ class DistributionMatching(Distiller):
         self.student = networks.trained("student")
         self.fake_score = networks.trained("fake_score")
         self.noise = self.student.denoiser.noise
+        # where the scale is an input of the networks, the student is told the teacher's, and so is its fake score
+        self.guidance = config.guidance_scale if self.teacher.denoiser.takes_guidance else None
 
     def roles(self) -> dict[str, Role]:
         return {"teacher": self.teacher, "student": self.student, "fake_score": self.fake_score}
@@ -69,6 +71,7 @@ class DistributionMatching(Distiller):
     def rollout(self, batch: Batch, rng: Rngs, graph: bool) -> Tensor:
         """Backward simulation: the live student from pure noise to a step drawn once for all samples; x0 there."""
         assert batch.condition is not None
+        condition = batch.condition.with_guidance(self.guidance)
         source = rng.shared("step")
         count = self.config.steps[int(torch.randint(len(self.config.steps), (1,), generator=source))]
         stop = int(torch.randint(count, (1,), generator=source))
@@ -77,7 +80,7 @@ class DistributionMatching(Distiller):
         for i, step in enumerate(plan.steps[: stop + 1]):
             t, s = (self.noise.shift(torch.tensor(v, device=x.device)) for v in (step.level, step.to))
             with torch.set_grad_enabled(graph and i == stop):
-                x0 = self.student.denoiser.x0(x, t, batch.condition)
+                x0 = self.student.denoiser.x0(x, t, condition)
             if i < stop:
                 if self.noise.clip_range is not None:  # as sampling does
                     x0 = x0.clamp(-self.noise.clip_range, self.noise.clip_range)
@@ -87,15 +90,16 @@ class DistributionMatching(Distiller):
 
     def loss(self, role: str, batch: Batch, draws: Draws, iteration: int) -> Iterator[Losses]:
         assert batch.condition is not None
+        condition = batch.condition.with_guidance(self.guidance)
         t, eps, x0 = draws.t[role], draws.eps[role], draws.x0.detach()
         x_t = self.noise.add(x0, eps, t)
         if role == "fake_score":
-            output = self.fake_score.denoiser.predict(x_t, t, batch.condition)
+            output = self.fake_score.denoiser.predict(x_t, t, condition)
             loss = (output - self.noise.output(x0, eps, t)).square().mean()
             yield Losses(loss, {"loss": loss.detach()})
             return
         with torch.no_grad():
-            f = self.fake_score.denoiser.x0(x_t, t, batch.condition)
+            f = self.fake_score.denoiser.x0(x_t, t, condition)
             r = self.teacher.denoiser.guided_x0(x_t, t, batch.condition, self.config.guidance_scale)
             direction = reverse_kl(r, f) / mean_gap(x0, r)
         loss = surrogate(draws.x0, direction)
@@ -110,11 +114,12 @@ class DistributionMatching(Distiller):
             counts = ", ".join(map(str, self.step_counts))
             raise UserError(f"steps {steps}: this student was trained for {counts} steps")
         levels = even_levels(self.noise, steps)
-        return plan_of_levels(levels, rule="consistency", initial_scale=start_scale(self.noise))
+        scale = start_scale(self.noise)
+        return plan_of_levels(levels, rule="consistency", initial_scale=scale, embedded_guidance=self.guidance)
 
     def forwards(self) -> dict[str, dict[str, float]]:
         c = self.config
         rollout = sum((k - 1) / 2 for k in c.steps) / len(c.steps)
-        scores = 1 + (1 if c.guidance_scale in (0, 1) else 2)
+        scores = 1 + (1 if c.guidance_scale in (0, 1) or self.guidance is not None else 2)
         both = {"forward": rollout + scores, "backward": 2}
         return {"student and fake_score": both, "fake_score": {"forward": rollout + 1, "backward": 1}}

@@ -92,8 +92,10 @@ class Pretrain(Distiller):
     def plan(self, steps: int) -> SamplingPlan:
         if steps not in self.step_counts:
             raise UserError(f"steps {steps}: this model declares {list(self.step_counts)}")
-        guidance = self.config.validation_guidance_scale or 1.0
-        return uniform_plan(steps, guidance, initial_scale=start_scale(self.noise))
+        guidance, scale = self.config.validation_guidance_scale or 1.0, start_scale(self.noise)
+        if self.student.denoiser.takes_guidance:
+            return uniform_plan(steps, initial_scale=scale, embedded_guidance=guidance)
+        return uniform_plan(steps, guidance, initial_scale=scale)
 
     def forwards(self) -> dict[str, dict[str, float]]:
         return {"student": {"forward": 0, "backward": 1}}

@@ -16,6 +16,7 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.features import captured, quarters
 from fewstep.samplers.forward_mode import forward_mode
 from fewstep.samplers.noise import NoiseProcess, from_scheduler
+from fewstep.samplers.rules import add_noise
 
 
 class Denoiser(ABC):
@@ -115,6 +116,10 @@ class Denoiser(ABC):
     @abstractmethod
     def to_images(self, latents: Tensor) -> Tensor:
         """Latents to images or clips, 0..1 but unclamped, differentiable."""
+
+    def add_noise(self, mean: Tensor, std: Tensor | float, random: list[torch.Generator]) -> Tensor:
+        """`rules.add_noise`, the noise in the layout in which the pipeline's scheduler draws it: one seed, one sample."""
+        return add_noise(mean, std, random)
 
     @property
     def feature_blocks(self) -> tuple[str, ...]:
@@ -216,13 +221,16 @@ class Denoiser(ABC):
     ) -> Tensor:
         """x0_u + scale (x0_c - x0_u): classifier-free guidance, 1 = none.
 
-        One call at scale 1 (conditional) and 0 (unconditional), otherwise one batched call of 2 B rows.
+        One call at scale 1 (conditional) and 0 (unconditional), otherwise one batched call of 2 B rows. A network that
+        takes the scale as an input and has not been told one is told this one instead, in one call.
         """
-        if isinstance(scale, int | float):
-            if scale == 1:
-                return self.x0(x_t, t, condition, told)
-            if scale == 0:
-                return self.x0(x_t, t, condition.unconditional(), told)
+        number = isinstance(scale, int | float)
+        if number and scale == 1:
+            return self.x0(x_t, t, condition, told)
+        if self.takes_guidance and condition.guidance is None:
+            return self.x0(x_t, t, condition.with_guidance(scale), told)
+        if number and scale == 0:
+            return self.x0(x_t, t, condition.unconditional(), told)
         both = concatenate([condition.unconditional(), condition])
         twice = torch.cat([x_t, x_t])
         t = torch.cat([self._rows(t, x_t)] * 2)

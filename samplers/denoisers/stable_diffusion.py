@@ -65,13 +65,18 @@ class StableDiffusion(Denoiser):
         return Condition({key: positive.float()}, len(prompts), {key: empty.float()})
 
     def call(self, network: Callable[..., Any], x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        extra = {}
+        extra = self.added(x_t, condition)
         if condition.guidance is not None and self.takes_guidance:
-            embedding = guidance_embedding(condition.guidance, self.network.config.time_cond_proj_dim)
+            guidance = condition.guidance.to(x_t.device)
+            embedding = guidance_embedding(guidance, self.network.config.time_cond_proj_dim)
             extra["timestep_cond"] = embedding.to(self.network.dtype)
         dtype = self.network.dtype
         hidden = condition.tensors["encoder_hidden_states"].to(dtype)
         return network(x_t.to(dtype), time, encoder_hidden_states=hidden, return_dict=False, **extra)[0]
+
+    def added(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
+        """What else the UNet is told, by the names of its arguments."""
+        return {}
 
     def latent_shape(
         self, height: int | None = None, width: int | None = None, frames: int | None = None

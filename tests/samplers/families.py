@@ -22,9 +22,16 @@ from tests.pipelines import (
     tiny_stable_diffusion_3,
     tiny_wan,
 )
+from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
 SIZE = {"height": 64, "width": 64, "frames": 5}
 """Of a tiny clip."""
+SIZES: dict[str, dict[str, int]] = {
+    "wan": SIZE,
+    "flux": {"height": 16, "width": 16},
+    "sana": {"height": 32, "width": 32},
+}
+"""Where the pipeline's own size is large."""
 
 
 @cache
@@ -33,6 +40,9 @@ def family(name: str) -> Denoiser:
     build: dict[str, Callable[[], Any]] = {
         "stable_diffusion": lambda: tiny_stable_diffusion(prediction_type="v_prediction"),
         "stable_diffusion_3": tiny_stable_diffusion_3,
+        "stable_diffusion_xl": tiny_stable_diffusion_xl,
+        "flux": tiny_flux,
+        "sana": tiny_sana,
         "wan": lambda: tiny_wan(two_transformers=True),
         "dit": tiny_dit,
         "pixart": lambda: tiny_pixart(micro_conditions=True),
@@ -42,7 +52,17 @@ def family(name: str) -> Denoiser:
     return denoiser_of(build[name]())
 
 
-PROMPTED = ("stable_diffusion", "stable_diffusion_3", "wan", "dit", "pixart", "unet2d_classes")
+PROMPTED = (
+    "stable_diffusion",
+    "stable_diffusion_3",
+    "stable_diffusion_xl",
+    "flux",
+    "sana",
+    "wan",
+    "dit",
+    "pixart",
+    "unet2d_classes",
+)
 FAMILIES = (*PROMPTED, "unet2d")
 LABELS: dict[str, tuple[list[str], str]] = {"dit": (["goldfish", "208"], ""), "unet2d_classes": (["0", "3"], "4")}
 """Prompts and negative prompt of class-conditional families."""
@@ -50,7 +70,6 @@ LABELS: dict[str, tuple[list[str], str]] = {"dit": (["goldfish", "208"], ""), "u
 
 def inputs(name: str, rows: int = 2) -> tuple[Denoiser, Tensor, Any]:
     denoiser = family(name)
-    shape = denoiser.latent_shape(**SIZE) if name == "wan" else denoiser.latent_shape()
-    x = randn((rows, *shape), generators(range(rows)))
+    x = randn((rows, *denoiser.latent_shape(**SIZES.get(name, {}))), generators(range(rows)))
     prompts, negative = LABELS.get(name, (PROMPTS, "blurry"))
     return denoiser, x, denoiser.encode([prompts[i % 2] for i in range(rows)], negative)

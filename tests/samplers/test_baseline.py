@@ -17,6 +17,7 @@ from tests.pipelines import (
     tiny_stable_diffusion,
     tiny_stable_diffusion_3,
 )
+from tests.pipelines_large import tiny_stable_diffusion_xl
 
 PROMPTS = ["a cat", "a red apple"]
 
@@ -95,6 +96,19 @@ def test_size_and_negative_prompt_reach_the_pipeline(sd: Any):
     assert (other - small).abs().mean() > 1e-3
     with pytest.raises(UserError, match="StableDiffusionPipeline takes no num_frames"):
         stock_images(sd, ["a cat"], [0], 2, num_frames=5)
+
+
+def test_no_negative_prompt_is_the_pipelines_own():
+    """SDXL's is zeros; the embedding of "" gives another image."""
+    pipe = tiny_stable_diffusion_xl()
+    call = {"num_inference_steps": 2, "guidance_scale": 6.0, "output_type": "pt"}
+    own, of_empty = (
+        pipe("a cat", **call, **extra, generator=[torch.Generator().manual_seed(0)]).images
+        for extra in ({}, {"negative_prompt": ""})
+    )
+    ours = stock_images(pipe, ["a cat"], [0], 2, 6.0)
+    torch.testing.assert_close(ours, own)
+    assert (ours - of_empty).abs().mean() > 1e-3
 
 
 @pytest.mark.parametrize(("guidance", "nfe"), [(1.0, 3), (3.0, 6)])

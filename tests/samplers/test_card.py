@@ -31,7 +31,7 @@ except ImportError:
 else:
     raise SystemExit("fewstep can be imported")
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan, ConsistencyModelPipeline, DDPMPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLWan, ConsistencyModelPipeline, DDPMPipeline
 
 seen = []
 def noting(method):
@@ -39,7 +39,7 @@ def noting(method):
         seen.append(torch.as_tensor(first))
         return method(self, first, *args, **kwargs)
     return noted
-for vae in (AutoencoderKL, AutoencoderKLWan):
+for vae in (AutoencoderDC, AutoencoderKL, AutoencoderKLWan):
     vae.decode = noting(vae.decode)
 to_pil = DDPMPipeline.numpy_to_pil
 for pipeline in (ConsistencyModelPipeline, DDPMPipeline):
@@ -85,7 +85,7 @@ def decoded(denoiser: Denoiser, latents: Tensor) -> Tensor:
     if hasattr(vae.config, "latents_mean") and latents.ndim == 5:
         mean, std = (torch.tensor(v).reshape(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
         return latents * std + mean
-    return latents / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    return latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0)
 
 
 @pytest.mark.parametrize(("name", "steps"), RUNS, ids=[f"{name}-{k}" for name, k in RUNS])

@@ -25,6 +25,9 @@ T = torch.tensor([0.95, 0.99])
 BLOCKS = {
     "stable_diffusion": ("up_blocks.0", "down_blocks.0", "mid_block", "down_blocks.1.resnets.0"),
     "stable_diffusion_3": ("transformer_blocks.1", "transformer_blocks.0", "norm_out"),
+    "stable_diffusion_xl": ("mid_block", "down_blocks.0", "up_blocks.0.attentions.1"),
+    "flux": ("single_transformer_blocks.0", "transformer_blocks.1", "norm_out"),
+    "sana": ("transformer_blocks.1", "transformer_blocks.0", "norm_out"),
     "wan": ("blocks.1", "blocks.0.ffn", "norm_out"),
     "dit": ("transformer_blocks.1", "transformer_blocks.0.ff", "norm_out"),  # the first block's embedding runs again
     "pixart": ("transformer_blocks.1", "transformer_blocks.0.attn2", "norm_out"),
@@ -46,12 +49,25 @@ def by_hand(name: str, network: Any, x: Tensor, time: Tensor, condition: Any, bl
         network(x, timestep=time, added_cond_kwargs=size, **condition.tensors)
     elif name in ("stable_diffusion", "unet2d", "unet2d_classes"):
         network(x, time, **condition.tensors)
+    elif name == "stable_diffusion_xl":
+        added = {
+            "text_embeds": condition.tensors["text_embeds"],
+            "time_ids": torch.tensor([[16, 16, 0, 0, 16, 16]] * 2),
+        }
+        network(x, time, condition.tensors["encoder_hidden_states"], added_cond_kwargs=added)
+    elif name == "flux":
+        from diffusers import FluxPipeline
+
+        places = FluxPipeline._prepare_latent_image_ids(2, 4, 4, "cpu", torch.float32)
+        packed = FluxPipeline._pack_latents(x, 2, 4, 8, 8)
+        told = {"guidance": torch.ones(2), "img_ids": places, "txt_ids": torch.zeros(512, 3)}
+        network(hidden_states=packed, timestep=time / 1000, **told, **condition.tensors)
     else:
         network(hidden_states=x, timestep=time, **condition.tensors)
     for handle in handles:
         handle.remove()
-    # a down block returns (sample, skips), a block of SD 3 (text, sample)
-    part = 1 if name == "stable_diffusion_3" else 0
+    # a down block returns (sample, skips), a block of SD 3 or Flux (text, sample)
+    part = 1 if name in ("stable_diffusion_3", "flux") else 0
     return [seen[b] if isinstance(seen[b], Tensor) else seen[b][part] for b in blocks]
 
 
@@ -109,11 +125,12 @@ def test_no_hook_stays_behind(name: str):
 def test_default_blocks():
     """The bottleneck of a UNet; of a transformer the last block of each quarter."""
     names = {name: inputs(name)[0].feature_blocks for name in FAMILIES}
-    assert names["stable_diffusion"] == names["unet2d"] == ("mid_block",)
+    assert names["stable_diffusion"] == names["stable_diffusion_xl"] == names["unet2d"] == ("mid_block",)
     assert names["unet2d_classes"] == ("mid_block",)
-    assert names["stable_diffusion_3"] == ("transformer_blocks.0", "transformer_blocks.1")
+    assert names["stable_diffusion_3"] == names["sana"] == ("transformer_blocks.0", "transformer_blocks.1")
     assert names["dit"] == names["pixart"] == names["stable_diffusion_3"]
     assert names["wan"] == ("blocks.0", "blocks.1")
+    assert names["flux"] == tuple(f"{part}transformer_blocks.{i}" for part in ("", "single_") for i in (0, 1))
     assert quarters([nn.Identity()] * 30, "blocks") == ("blocks.7", "blocks.14", "blocks.22", "blocks.29")
     denoiser, x, condition = inputs("wan")
     for ours, named in zip(

@@ -65,7 +65,7 @@ def test_jvp_equals_central_differences(name: str, t: Tensor):
 
     with in_double(), torch.no_grad():
         output, derivative = denoiser.jvp(x, t, condition, dx, dt)
-        h = 1e-4
+        h = 1e-5 if name == "sana" else 1e-4  # its attention has ReLUs: a shorter step meets no kink of theirs
         difference = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
         torch.testing.assert_close(output, at(0), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(derivative, difference, rtol=0, atol=1e-8 * difference.abs().max().item())

@@ -26,6 +26,7 @@ from tests.pipelines import (
     tiny_stable_diffusion_3,
     tiny_wan,
 )
+from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
 BUILDERS: dict[str, Callable[..., Any]] = {
     "ConsistencyModelPipeline": tiny_classes,
@@ -33,8 +34,11 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "DiTPipeline": tiny_dit,
     "PixArtAlphaPipeline": tiny_pixart,
     "PixArtSigmaPipeline": partial(tiny_pixart, sigma=True),
+    "FluxPipeline": tiny_flux,
+    "SanaPipeline": tiny_sana,
     "StableDiffusionPipeline": tiny_stable_diffusion,
     "StableDiffusion3Pipeline": tiny_stable_diffusion_3,
+    "StableDiffusionXLPipeline": tiny_stable_diffusion_xl,
     "WanPipeline": tiny_wan,
 }
 
@@ -69,7 +73,8 @@ def test_a_saved_pipeline_loads_as_it_was(name: str, tmp_path: Path):
     assert class_of(tmp_path) == name
     disk = load(tmp_path)
     assert type(disk) is family(name)
-    size = {"height": 64, "width": 64, "frames": 5} if name == "WanPipeline" else {}
+    small = {"height": 64, "width": 64}
+    size = {"WanPipeline": {**small, "frames": 5}, "FluxPipeline": small, "SanaPipeline": small}.get(name, {})
     x = randn((2, *memory.latent_shape(**size)), generators([0, 1]))
     t = torch.tensor([0.9, 0.4])
     prompts = ["0", "1"] if memory.examples else PROMPTS

@@ -25,6 +25,7 @@ from tests.pipelines import (
     tiny_stable_diffusion_3,
     tiny_wan,
 )
+from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
 ZERO_SNR = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
 
@@ -45,7 +46,9 @@ def schedule(scheduler: Any, arguments: dict[str, Any], bound: dict[str, Any]) -
     return scheduler.timesteps.tolist()
 
 
-@pytest.mark.parametrize("build", [tiny_stable_diffusion, tiny_ddpm, tiny_dit, tiny_pixart, tiny_classes])
+@pytest.mark.parametrize(
+    "build", [tiny_stable_diffusion, tiny_stable_diffusion_xl, tiny_ddpm, tiny_dit, tiny_pixart, tiny_classes]
+)
 @pytest.mark.parametrize(
     ("plan", "name", "times"),
     [
@@ -101,6 +104,14 @@ def test_flow_plans_keep_their_levels_before_the_shift():
         assert schedule(s, c.arguments, c.set_timesteps) == pytest.approx([1000, 904.762, 750, 513.158], abs=1e-2)
 
 
+def test_sana_keeps_the_size_that_is_asked():
+    """Its call otherwise takes the nearest size of a list; it passes generators on, and takes `sigmas`."""
+    scheduler, calls = stock(denoiser(tiny_sana), {2: renoising(1, 0.4)})
+    assert calls[2].arguments == {"sigmas": [1.0, 0.4], "use_resolution_binning": False, "guidance_scale": 1.0}
+    assert not calls[2].preparation()
+    assert scheduler.config.shift == 3
+
+
 def guided(*scales: float) -> SamplingPlan:
     ends = [1 - i / len(scales) for i in range(len(scales) + 1)]
     steps = (Step(level=a, to=b, guidance_scale=g) for a, b, g in zip(ends, ends[1:], scales, strict=False))
@@ -141,6 +152,7 @@ OTHER_MEMBER = SamplingPlan(steps=(Step(level=1, to=0.5), Step(level=0.5, to=0, 
         (tiny_stable_diffusion, {}, uniform_plan(2, rule="tcd", gamma=0.3), "uses rule tcd"),
         (tiny_wan, {}, uniform_plan(2, rule="same_noise"), "uses rule same_noise"),
         (tiny_wan, {}, uniform_plan(2, initial_scale=0.9), "noise scaled by 0.9"),
+        (tiny_sana, {}, uniform_plan(2, initial_scale=0.9), "noise scaled by 0.9"),
         (tiny_wan, {}, uniform_plan(2, rule="sde"), "follows rule sde through the levels 1, 0.5$"),
         (tiny_stable_diffusion, {}, plan_of_levels([1, 0.5], end=0.1), "follows rule ode"),
         (
@@ -163,6 +175,8 @@ OTHER_MEMBER = SamplingPlan(steps=(Step(level=1, to=0.5), Step(level=0.5, to=0, 
         ),
         (tiny_dit, {}, uniform_plan(3), "follows rule ode through the levels 1, 0.666667"),
         (tiny_classes, {}, guided(2, 2), "ConsistencyModelPipeline takes none"),
+        (tiny_flux, {}, uniform_plan(2, 3.5), "must be the network's input alone"),
+        (tiny_flux, {"guidance_input": False}, uniform_plan(2, 3.5), "guides this network by true_cfg_scale only"),
     ],
 )
 def test_what_plain_diffusers_cannot_do_is_refused(

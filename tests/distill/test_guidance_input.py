@@ -1,0 +1,88 @@
+"""Teachers that take the guidance scale as an input (Flux): every network of a method is told it, in one call each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep.distill.methods.consistency import Draws
+from fewstep.distill.random import Rngs
+from fewstep.samplers.plan import generators
+from fewstep.samplers.rules import randn
+from tests.distill.gaussian import PROCESSES, Teacher, calls, method, under_training
+from tests.distill.test_consistency import batch_of, jumping, lcm, loss
+from tests.distill.test_distribution_matching import LEVELS, direction, dmd2, prompts_of
+
+SHIFT, SCALE = "0.4", 3.0
+
+
+def told(name: str) -> Teacher:
+    """Told w, its mean is moved by w times the shift: what guidance of scale w makes of it."""
+    return Teacher(PROCESSES[name], [0.7, -0.4], [0.5, 1.3], guided=1.0)
+
+
+def test_dmd2(tmp_path: Path):
+    """A fake score that is the teacher's copy agrees with it exactly, if told the same scale; so starts the student."""
+    teacher = told("vp")
+    made = dmd2(tmp_path, teacher, guidance_scale=SCALE)
+    batch = prompts_of(teacher, [SHIFT] * 4)
+    x0, eps = (randn((4, 2, 8, 8), generators(range(i, i + 4))) for i in (0, 10))
+    assert not direction(made, batch, x0, LEVELS, eps).any()
+    with torch.no_grad():
+        made.fake_score.denoiser.network.guided.zero_()
+    assert direction(made, batch, x0, LEVELS, eps).abs().max() > 1e-2
+
+    z = Rngs(0, 0, range(4)).normal("start", batch.shape)
+    one = made.rollout(batch, Rngs(0, 0, range(4)), graph=False)
+    torch.testing.assert_close(one, teacher.exact_x0(z, torch.tensor(1.0), 0.4 * SCALE), rtol=1e-4, atol=1e-4)
+    assert made.plan(1).embedded_guidance == SCALE
+
+
+def test_lcm(tmp_path: Path):
+    """The exact map of the told scale has a residual of O(gap^2); one that is told nothing is off by two means."""
+    teacher = told("flow_shifted")
+    made = lcm(tmp_path, teacher, guidance_scale=SCALE, huber_c=1e-9)
+    jumping(made, 0.0)
+    with torch.no_grad():
+        for role in (made.student, made.target):
+            role.denoiser.network.gain.fill_(1)
+    batch = batch_of(teacher, [SHIFT] * 3)
+    u, eps = torch.tensor([0.5, 0.7, 0.9]).double(), randn((3, 2, 8, 8), generators([7, 8, 9]))
+    found = {}
+    for n in (40, 80):
+        t, s = (made.noise.shift(v).float() for v in (u, u - 1 / n))
+        found[n] = loss(made, batch, Draws(t, s, eps, SCALE)).item()
+    assert found[40] / found[80] == pytest.approx(4, rel=0.05)
+    with torch.no_grad():
+        made.target.denoiser.network.guided.zero_()
+    assert loss(made, batch, Draws(t, s, eps, SCALE)).item() > 100 * found[80]
+
+    assert made.plan(1).embedded_guidance == SCALE
+    assert lcm(tmp_path, teacher, guidance_scale=SCALE, guidance_scale_max=7.0).plan(1).embedded_guidance == 5
+
+
+def test_pretrain(tmp_path: Path):
+    """What it declares is told the scale, not guided by two calls; without one 1, as in training."""
+    for scale, expected in ((2.0, 2.0), (None, 1.0)):
+        made = method(tmp_path, told("flow"), method="pretrain", validation_guidance_scale=scale)
+        plan = made.plan(50)
+        assert (plan.embedded_guidance, plan.nfe) == (expected, 50)
+
+
+@pytest.mark.parametrize("build", [dmd2, lcm])
+def test_the_teacher_is_one_call(build: Callable[..., Any], tmp_path: Path):
+    """Rows through the networks in an iteration, divided by the batch, as declared."""
+    teacher = told("flow")
+    made = build(tmp_path, teacher, guidance_scale=SCALE, train_batch_size=2)
+    trainer = under_training(tmp_path, made, teacher, [SHIFT] * 2)
+    with calls(made) as seen:
+        trainer.step(0)
+    rows = {graph: sum(c.rows for c in seen if c.graph is graph) / 2 for graph in (False, True)}
+    (declared, *_) = made.forwards().values()
+    assert (
+        declared == {"forward": rows[False], "backward": rows[True]} == {"forward": 2, "backward": len(made.updates(0))}
+    )
