@@ -198,11 +198,11 @@ def methods(debug: Debug = False) -> None:
 
 @app.command()
 def backbones(debug: Debug = False) -> None:
-    """List the pipelines that can be teachers."""
+    """List the pipelines that can be teachers, and the students that each method makes of them."""
     from fewstep.app import tables
     from fewstep.distill.console import columns
 
-    print(columns(tables.backbones()))
+    print(columns(tables.backbones()), "", *tables.remarks(), sep="\n")
 
 
 @app.command()

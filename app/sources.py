@@ -126,7 +126,7 @@ def load_source(name: str) -> Source:
         step_counts=step_counts,
         many_steps=max(config.report_teacher_steps) if config else 50,
         guidance_scale=teacher_guidance(config) if config and teacher.guidance_scale else teacher.guidance_scale,
-        prompts=examples(base, config) if denoiser.takes_prompts else [],
+        prompts=examples(base, config, denoiser.examples) if denoiser.takes_prompts else [],
         clips=clips,
     )
     for label in source.labels[1:]:
@@ -142,11 +142,11 @@ def _config(student: Path) -> TrainConfig | None:
     return validate(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
 
 
-def examples(base: str, config: TrainConfig | None) -> list[str]:
-    """Prompts that the model was made for: those of its run, and some of each embedded set."""
+def examples(base: str, config: TrainConfig | None, usual: Sequence[str] = ()) -> list[str]:
+    """Prompts that the model was made for: those of its run, and some of each embedded set; else `usual`, or any."""
     own = list(config.validation_prompts or [])[:4] if config else []
     for name, captions in EMBEDDED.items():
         if name.split("/")[0] == base:
             every = captions()
             own += every[:: len(every) // 2 + 1]
-    return list(dict.fromkeys(own)) or list(PROMPTS)
+    return list(dict.fromkeys(own)) or list(usual or PROMPTS)

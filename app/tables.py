@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from fewstep.app.cite import BEHIND, PAPERS
-from fewstep.distill.config import METHODS
-from fewstep.distill.methods import distiller
+from fewstep.distill.config import METHODS, TrainConfig
+from fewstep.distill.methods import distiller, why_not
 from fewstep.distill.networks import Networks
 from fewstep.samplers.load import FAMILIES, family
 from fewstep.samplers.noise import Flow
@@ -39,7 +39,7 @@ def methods() -> list[list[str]]:
     table = [["method", "needs", "trains", "forwards / backwards per iteration", "papers (arXiv)"]]
     for name in sorted(METHODS):
         cls = distiller(name)
-        config = METHODS[name].model_validate({"method": name, "teacher": "any", "student": "full"})
+        config = default(name)
         method: Any = cls(config, Networks(Outline(), "full"))  # type: ignore[call-arg, arg-type]
         trained = ", ".join(role for role, r in method.roles().items() if r.trained)
         costs = [
@@ -53,12 +53,30 @@ def methods() -> list[list[str]]:
 
 
 def backbones() -> list[list[str]]:
-    """A row for each pipeline class: networks, students, and what it is."""
-    table = [["pipeline", "networks", "student in plain diffusers", "what it is"]]
+    """A row for each pipeline class: networks, the students that are made of it, by which methods, and what it is."""
+    table = [["pipeline", "networks", "students", "methods", "what it is"]]
     for name in sorted(FAMILIES):
         cls = family(name)
         about = (importlib.import_module(cls.__module__).__doc__ or "").strip().splitlines()[0]
         about = about.partition(": ")[2].rstrip(".") or about
-        student = "LoRA or full" if cls.takes_lora else "full (a LoRA is fused)"
-        table.append([name, ", ".join(cls.network_names), student, about])
+        students = "LoRA, full" if cls.takes_lora else "LoRA*, full"
+        without = [method for method in sorted(METHODS) if why_not(default(method), cls)]
+        methods = "all" + (f"; not {', '.join(without)}" if without else "")
+        table.append([name, ", ".join(cls.network_names), students, methods, about])
     return table
+
+
+def default(method: str) -> TrainConfig:
+    """A method's config with nothing chosen."""
+    return METHODS[method].model_validate({"method": method, "teacher": "any", "student": "full"})
+
+
+def remarks() -> list[str]:
+    """What the signs in the table of backbones mean: a line for LoRA*, and one for each reason of a `not`."""
+    missing: dict[str, dict[str, None]] = {}
+    for name in sorted(FAMILIES):
+        for method in sorted(METHODS):
+            if reason := why_not(default(method), family(name)):
+                missing.setdefault(reason, {})[method] = None
+    lines = ["LoRA*: the pipeline loads none, so that it is saved added into the weights, and by itself for peft"]
+    return lines + [f"not {', '.join(methods)}: {reason}" for reason, methods in missing.items()]

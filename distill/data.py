@@ -192,6 +192,8 @@ def made_by(denoiser: Denoiser, names: Iterable[str]) -> str:
     Of each tensor up to 4096 entries are read, bit by bit: training moves all of them.
     """
     digest = sha256(type(denoiser).__name__.encode())
+    if labels := getattr(denoiser.pipeline, "labels", None):  # of classes: what their names mean
+        digest.update(json.dumps(labels, sort_keys=True).encode())
     for name in sorted(names):
         component = denoiser.pipeline.components[name]
         if isinstance(component, nn.Module):

@@ -102,10 +102,14 @@ class Teacher:
     def sampler(
         self, steps: int, guidance: float | None = None, scheduler: str | None = None, spacing: str | None = None
     ) -> Sampler:
-        """The teacher in `steps` steps; guidance defaults to the pipeline's, the rest to the best known for few steps."""
+        """The teacher in `steps` steps; guidance defaults to the pipeline's, the rest to the best known for few steps.
+
+        A pipeline that takes no guidance scale is sampled, and said to be, without.
+        """
         if steps < 1:
             raise UserError(f"steps {steps}: must be at least 1")
-        scale = next(g for g in (guidance, self.guidance_scale, 1.0) if g is not None)
+        usual = self.guidance_scale
+        scale = 1.0 if usual is None else usual if guidance is None else guidance
         name = scheduler or default_scheduler(self.own)
         if spacing is None and has_spacing(self.own):
             spacing = "trailing"

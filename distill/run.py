@@ -16,7 +16,7 @@ from fewstep.distill.batches import Batches
 from fewstep.distill.config import ConfigError, TrainConfig, load_config
 from fewstep.distill.data import DataSet
 from fewstep.distill.distiller import Distiller
-from fewstep.distill.methods import distiller
+from fewstep.distill.methods import distiller, why_not
 from fewstep.distill.networks import Networks
 from fewstep.distill.record import Record, check_tracker, pixels_shape
 from fewstep.distill.trainer import Trainer
@@ -81,8 +81,9 @@ def train(
 def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: DataSet | None) -> tuple[Record, bool]:
     """Train and save the student; False where a resumed run had nothing left to do."""
     refuse(config)
-    if teacher is None:
-        family(class_of(config.teacher, config.revision))
+    backbone = family(class_of(config.teacher, config.revision)) if teacher is None else type(teacher)
+    if reason := why_not(config, backbone):
+        raise ConfigError(f"config: method {config.method}: {reason}")
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=str(config.run_dir)
@@ -96,11 +97,6 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     if teacher is None:
         teacher = load(config.teacher, config.revision, config.variant)
     shape = pixels_shape(config, teacher)
-    images = "images" in distiller(config.method).needs_of(config)
-    if len(shape) == 4 and images:
-        raise ConfigError(
-            f"config: method {config.method}: needs clips for this teacher, and train_data has images only"
-        )
     teacher = teacher.at(shape)
     teacher.to(accelerator.device)
     if data is None:

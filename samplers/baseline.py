@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import family
 from fewstep.samplers.plan import generators
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,7 +89,7 @@ def stock_images(
 
     Args:
         pipeline: with the scheduler that is wanted; on its device.
-        prompts: B prompts; a pipeline without text ignores them.
+        prompts: B prompts, labels of a class-conditional pipeline; an unconditional one ignores them.
         seeds: B seeds, one generator per image: the noise of `plan.sample` with the same seeds.
         steps: of the scheduler.
         guidance_scale: 1 = none.
@@ -97,14 +98,14 @@ def stock_images(
     """
     takes = inspect.signature(pipeline.__call__).parameters
     wanted: dict[str, Any] = {k: v for k, v in size.items() if v is not None}
-    if "prompt" in takes:
-        wanted |= {"prompt": list(prompts), "guidance_scale": guidance_scale, "output_type": "pt"}
+    wanted |= family(type(pipeline).__name__).call_arguments(pipeline, prompts)
+    wanted["output_type"] = "np" if "batch_size" in wanted else "pt"
+    if "guidance_scale" in takes:
+        wanted["guidance_scale"] = guidance_scale
         if guidance_scale > 1 and negative_prompt:  # without one SDXL takes zeros, not the embedding of ""
             wanted["negative_prompt"] = [negative_prompt] * len(prompts)
-        if "use_resolution_binning" in takes:
-            wanted["use_resolution_binning"] = False  # the size that was asked, not the nearest of a list
-    else:
-        wanted |= {"batch_size": len(prompts), "output_type": "np"}
+    if "use_resolution_binning" in takes:
+        wanted["use_resolution_binning"] = False  # the size that was asked, not the nearest of a list
     unknown = [k for k in wanted if k not in takes]
     if unknown:
         raise UserError(f"{type(pipeline).__name__} takes no {', '.join(unknown)}")

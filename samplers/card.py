@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -51,16 +52,20 @@ def snippet(
     else:
         lines.append('pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)')
     lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")', ""]
-    if denoiser.takes_prompts:
-        lines.append(f"prompts = {code(prompts)}")
-        rows, count = {"prompt": "prompts"}, "len(prompts)"
-    else:
-        rows, count = {"batch_size": "2"}, "2"
+    given = denoiser.call_arguments(denoiser.pipeline, prompts)
+    rows, count = _coded(given), str(len(prompts))
+    for name, variable in (("prompt", "prompts"), ("class_labels", "class_labels")):
+        if name in given:
+            named = "" if name == "prompt" else f"  # {', '.join(prompts)}"
+            lines.append(f"{variable} = {code(given[name])}{named}")
+            rows[name], count = variable, f"len({variable})"
+    if "batch_size" in rows:
+        rows["batch_size"] = count
     lines.append(f"generators = [torch.Generator().manual_seed(seed) for seed in range({count})]  # one for each image")
     lines += preparation
-    if denoiser.takes_prompts:
-        sizes = {k: getattr(manifest, k) for k in ("height", "width", *(["num_frames"] if _clip(denoiser) else []))}
-        rows |= _coded({k: v for k, v in sizes.items() if v is not None})
+    takes = inspect.signature(type(denoiser.pipeline).__call__).parameters
+    sizes = {k: getattr(manifest, k) for k in ("height", "width", "num_frames") if k in takes}
+    rows |= _coded({k: v for k, v in sizes.items() if v is not None})
     called = partial(_call, "pipe", **rows, **_coded(call.arguments), generator="generators")
     if _clip(denoiser):
         lines.append(f"clip, *_ = {called(output_type=code('pil'))}.frames")
@@ -81,7 +86,8 @@ def card(
     """The README.md of a student, with the hub's front matter; arguments as in `snippet`, `config` the run's YAML."""
     lora, base, steps = manifest.kind == "lora", resolve(manifest.base), sorted(manifest.plans, reverse=True)
     hub = not Path(base).exists()
-    task = "unconditional-image-generation" if not denoiser.takes_prompts else "text-to-image"
+    text = "prompt" in inspect.signature(type(denoiser.pipeline).__call__).parameters
+    task = "text-to-image" if text else "unconditional-image-generation"  # the hub has no task of classes
     front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-video" if _clip(denoiser) else task}
     if hub:  # the hub knows no folders
         front |= {"base_model": base, "base_model_relation": "adapter" if lora else "finetune"}
@@ -116,7 +122,7 @@ def card(
         'Run in this folder, or put its path or hub id in place of `"."`. One seed gives one sample, whatever the batch.',
         f"Written for diffusers {version('diffusers')}.",
     ]
-    prompts = _prompts(config)
+    prompts = _prompts(denoiser, config)
     for k in steps:
         code = snippet(denoiser, manifest, scheduler, calls[k], weights, prompts)
         lines += ["", f"### {k} step{'' if k == 1 else 's'}", "", "```python", code.rstrip(), "```"]
@@ -158,6 +164,6 @@ def _clip(denoiser: Denoiser) -> bool:
     return len(denoiser.latent_shape()) == 4
 
 
-def _prompts(config: str | None) -> list[str]:
+def _prompts(denoiser: Denoiser, config: str | None) -> list[str]:
     shown = (yaml.safe_load(config) or {}).get("validation_prompts") if config else None
-    return [str(p) for p in shown[:2]] if shown else PROMPTS
+    return [str(p) for p in shown[:2]] if shown else list(denoiser.examples or PROMPTS)

@@ -22,7 +22,11 @@ from fewstep.samplers.manifest import (
 )
 
 FAMILIES = {  # _class_name in model_index.json
+    "ConsistencyModelPipeline": "fewstep.samplers.denoisers.unet2d:UNet2D",
     "DDPMPipeline": "fewstep.samplers.denoisers.unet2d:UNet2D",
+    "DiTPipeline": "fewstep.samplers.denoisers.dit:DiT",
+    "PixArtAlphaPipeline": "fewstep.samplers.denoisers.pixart:PixArt",
+    "PixArtSigmaPipeline": "fewstep.samplers.denoisers.pixart:PixArt",
     "FluxPipeline": "fewstep.samplers.denoisers.flux:Flux",
     "SanaPipeline": "fewstep.samplers.denoisers.sana:Sana",
     "StableDiffusionPipeline": "fewstep.samplers.denoisers.stable_diffusion:StableDiffusion",

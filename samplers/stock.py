@@ -125,9 +125,11 @@ def _refuse(steps: int, plan: SamplingPlan, denoiser: Denoiser) -> None:
 def _guidance(steps: int, plan: SamplingPlan, denoiser: Denoiser) -> dict[str, float]:
     """Arguments for classifier-free guidance, or for the network's guidance input."""
     takes, scales = _takes(denoiser), [s.guidance_scale for s in plan.steps]
-    if "guidance_scale" not in takes:
-        return {}
     where = f"plan of {steps} steps: guidance"
+    if "guidance_scale" not in takes:
+        if denoiser.takes_prompts and any(s != 1 for s in scales):
+            raise UserError(f"{where} {sorted(set(scales))}: {_class(denoiser)} takes none")
+        return {}
     if denoiser.takes_guidance or plan.embedded_guidance is not None:
         if not denoiser.takes_guidance:
             raise UserError(f"{where} {plan.embedded_guidance:g} is an input that the student's network does not have")
@@ -155,6 +157,8 @@ def _guidance(steps: int, plan: SamplingPlan, denoiser: Denoiser) -> dict[str, f
     first = arguments["guidance_scale"]
     if first < 1 or (first == 1 and any(g != 1 for g in arguments.values())):
         raise UserError(f"{where} {sorted(set(scales))}: {_class(denoiser)} guides only with a guidance_scale above 1")
+    if first != 1 and len(plan.steps) > 1 and plan.rule != "ode" and "class_labels" in takes:
+        raise UserError(f"{where} {first:g}: {_class(denoiser)} draws noise for twice the rows, and cannot renoise")
     if arguments.get("guidance_scale_2", first) == first:
         arguments.pop("guidance_scale_2", None)  # its default is the other
     return arguments

@@ -9,6 +9,7 @@ LoRA, or whose base is itself a LoRA student, with the LoRA added into the weigh
 from __future__ import annotations
 
 import copy
+import inspect
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ def save_student(folder: Path, student: Denoiser, manifest: Manifest, config: st
     """
     folder = Path(folder)
     scheduler, calls = stock(student, manifest.plans)
-    if not student.takes_prompts and student.latent_shape(manifest.height, manifest.width) != student.latent_shape():
+    fixed = "height" not in inspect.signature(type(student.pipeline).__call__).parameters
+    if fixed and student.latent_shape(manifest.height, manifest.width) != student.latent_shape():
         raise UserError(f"height, width: {manifest.pipeline} samples at its own size alone, {student.pixels()}")
     if Path(manifest.base).is_dir():
         manifest = manifest.model_copy(update={"base": str(Path(manifest.base).resolve())})

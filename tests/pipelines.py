@@ -233,3 +233,62 @@ def tiny_ddpm(prediction_type: str = "epsilon", clip_sample: bool = True, learne
     return DDPMPipeline(
         unet, DDPMScheduler(prediction_type=prediction_type, clip_sample=clip_sample, variance_type=variance)
     )
+
+
+MILD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+"""In place of the published linear betas, at whose last alpha of 0.006 samples of random networks grow past 100."""
+
+LABELS = {0: "tench, Tinca tinca", 1: "goldfish", 7: "cock", 207: "golden retriever", 208: "Labrador retriever"}
+
+
+@seeded
+def tiny_dit(labels: bool = True) -> Any:
+    """`DiTPipeline`, 16x16 images, latents (4, 8, 8), ImageNet's 1000 classes and the null class."""
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8
+    )
+    scheduler = DDIMScheduler(**MILD, clip_sample=False)
+    pipeline = DiTPipeline(transformer, image_vae(), scheduler, LABELS if labels else None)
+    if labels:
+        pipeline.register_to_config(id2label=LABELS)  # as in the published folder; the pipeline itself keeps them not
+    return pipeline
+
+
+@seeded
+def tiny_pixart(sigma: bool = False, sample_size: int = 8, micro_conditions: bool = False) -> Any:
+    """`PixArtAlphaPipeline` or `PixArtSigmaPipeline`, 16x16 images, latents (4, 8, 8)."""
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        PixArtAlphaPipeline,
+        PixArtSigmaPipeline,
+        PixArtTransformer2DModel,
+    )
+
+    t5 = t5_tokenizer()
+    transformer = PixArtTransformer2DModel(
+        **{"num_attention_heads": 2, "attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 32},
+        num_layers=2,
+        sample_size=sample_size,
+        use_additional_conditions=micro_conditions,
+    )
+    cls = PixArtSigmaPipeline if sigma else PixArtAlphaPipeline
+    return cls(t5, t5_text(t5), image_vae(), transformer, DPMSolverMultistepScheduler(**MILD))
+
+
+@seeded
+def tiny_classes(classes: int | None = 5) -> Any:
+    """`ConsistencyModelPipeline` with a variance-preserving scheduler, 8x8 pixels, five classes."""
+    from diffusers import ConsistencyModelPipeline, DDIMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        num_class_embeds=classes,
+    )
+    return ConsistencyModelPipeline(unet, DDIMScheduler())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 
 from fewstep.distill.distiller import Distiller
+from fewstep.distill.train_config import TrainConfig
+from fewstep.samplers.denoisers.base import Denoiser
 
 MATCHING = "fewstep.distill.methods.distribution_matching:DistributionMatching"
 
@@ -24,3 +26,10 @@ def distiller(method: str) -> type[Distiller]:
     """The Distiller class of a method."""
     module, name = DISTILLERS[method].split(":")
     return getattr(importlib.import_module(module), name)
+
+
+def why_not(config: TrainConfig, backbone: type[Denoiser]) -> str | None:
+    """Why a config's method trains no students of a backbone; None where it does, as LoRA and with full weights."""
+    if backbone.clips and "images" in distiller(config.method).needs_of(config):
+        return "needs clips for this teacher, and train_data has images only"
+    return None

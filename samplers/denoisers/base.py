@@ -38,8 +38,14 @@ class Denoiser(ABC):
     takes_lora: ClassVar[bool] = True
     """Whether the pipeline has `load_lora_weights`."""
 
-    takes_prompts: ClassVar[bool] = True
+    clips: ClassVar[bool] = False
+    """Whether a sample is a clip, (C, frames, height, width)."""
+
+    takes_prompts: bool = True
     """Whether prompts say anything to it; where not, `encode` only counts them."""
+
+    examples: tuple[str, ...] = ()
+    """Prompts to show on a card or a page, where not any text will do."""
 
     def __init__(
         self,
@@ -83,6 +89,11 @@ class Denoiser(ABC):
     def noise_process(self, latent_shape: tuple[int, ...] | None) -> NoiseProcess:
         """From the pipeline's scheduler; families with a dynamic shift use the shape."""
         return from_scheduler(self.pipeline.scheduler)
+
+    @staticmethod
+    def call_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
+        """What the stock pipeline's call takes for prompts, beside size, steps and guidance."""
+        return {"prompt": list(prompts)}
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:

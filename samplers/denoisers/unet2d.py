@@ -1,41 +1,73 @@
-"""`DDPMPipeline`: unconditional `UNet2DModel` in pixel space."""
+"""`DDPMPipeline`, `ConsistencyModelPipeline`: `UNet2DModel` in pixel space, unconditional or of classes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser, pipeline_size
+from fewstep.samplers.denoisers.class_labels import class_ids, example_labels
 from fewstep.samplers.denoisers.stable_diffusion import UNET_LORA_TARGETS
 from fewstep.samplers.errors import UserError
 
 
 class UNet2D(Denoiser):
-    """Condition: nothing but the number of rows; guidance changes nothing. Latents are pixels in -1..1."""
+    """Condition: nothing but the number of rows, or `class_labels` (B,), int64. Latents are pixels in -1..1.
+
+    Only ConsistencyModelPipeline passes labels on. Its networks have no null class that a config would name: guidance
+    changes nothing unless the negative prompt is a label, the class that training dropped labels to.
+    """
 
     network_names = ("unet",)
     lora_targets = UNET_LORA_TARGETS
     takes_lora = False
-    takes_prompts = False
 
     def __init__(self, pipeline: Any, *args: Any, **kwargs: Any):
+        if type(pipeline.scheduler).__name__ == "CMStochasticIterativeScheduler":
+            raise UserError(
+                "ConsistencyModelPipeline: with CMStochasticIterativeScheduler it samples in few steps already and is no "
+                "teacher: its network gives ends of trajectories, not means; a teacher has DDPMScheduler or the like"
+            )
         super().__init__(pipeline, *args, **kwargs)
-        if pipeline.unet.config.class_embed_type or pipeline.unet.config.num_class_embeds:
-            raise UserError("DDPMPipeline: its UNet2DModel is class-conditional, which is not supported")
+        name, config = type(pipeline).__name__, pipeline.unet.config
+        if config.class_embed_type:
+            raise UserError(f"{name}: class_embed_type {config.class_embed_type} is not supported; only labels are")
+        if config.num_class_embeds and name == "DDPMPipeline":
+            raise UserError(
+                "DDPMPipeline: its UNet2DModel is class-conditional, and this pipeline passes no label on; "
+                "save it as ConsistencyModelPipeline(unet, scheduler), which does"
+            )
+        self.takes_prompts = bool(config.num_class_embeds)
+        self.examples = example_labels(config.num_class_embeds or 0, {})
 
     @property
     def feature_blocks(self) -> tuple[str, ...]:
         return ("mid_block",)
 
     def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        """As many rows as prompts, whatever they say."""
-        return Condition({}, len(prompts))
+        """As many rows as prompts; of a network without classes whatever they say."""
+        if not self.takes_prompts:
+            return Condition({}, len(prompts))
+        negatives = [negative] if isinstance(negative, str) else list(negative)
+        null = self._labels(negatives) if any(negatives) else {}
+        return Condition(self._labels(prompts), len(prompts), null)
+
+    def _labels(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        labels = class_ids(prompts, self.network.config.num_class_embeds, {})
+        return {"class_labels": torch.tensor(labels, device=self.device)}
+
+    @staticmethod
+    def call_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
+        classes = pipeline.unet.config.num_class_embeds
+        labels = {"class_labels": class_ids(prompts, classes, {})} if classes else {}
+        return {"batch_size": len(prompts), **labels}
 
     def call(self, network: Callable[..., Any], x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        output = network(x_t.to(self.network.dtype), time, return_dict=False)[0]
+        output = network(x_t.to(self.network.dtype), time, **condition.tensors, return_dict=False)[0]
         return output[:, : x_t.shape[1]]  # a learned variance may follow
 
     def latent_shape(

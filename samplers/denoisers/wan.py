@@ -25,6 +25,7 @@ class Wan(Denoiser):
     """
 
     network_names = ("transformer", "transformer_2")
+    clips = True
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
     def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:

@@ -100,7 +100,7 @@ def test_a_teacher_of_an_unsupported_class_names_the_supported(fewstep: Command,
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "KandinskyPipeline"))
     refused(
         fewstep("train", config, "--dry-run", f"teacher={broken}"),
-        "KandinskyPipeline is not supported; supported: DDPMPipeline",
+        "KandinskyPipeline is not supported; supported: ConsistencyModelPipeline",
         "WanPipeline",
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fewstep.app.tables import backbones, methods
+from fewstep.app.tables import backbones, methods, remarks
 from fewstep.distill.config import METHODS
 from fewstep.samplers.load import FAMILIES
 from tests.app.conftest import Answer
@@ -25,8 +25,17 @@ def test_methods(fewstep: Callable[..., Answer]):
 
 
 def test_backbones(fewstep: Callable[..., Answer]):
-    rows = {row[0]: row[1:] for row in backbones()[1:]}
-    assert rows.keys() == FAMILIES.keys()
-    assert rows["WanPipeline"][0] == "transformer, transformer_2"
-    assert rows["DDPMPipeline"][1] == "full (a LoRA is fused)"
-    assert all(name in fewstep("backbones").out for name in FAMILIES)
+    """What each method makes of each; clips are trained from prompts alone. tests/distill/test_backbones.py trains them."""
+    head, *rows = backbones()
+    table = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert table.keys() == FAMILIES.keys()
+    assert table["WanPipeline"]["networks"] == "transformer, transformer_2"
+    assert table["WanPipeline"]["methods"].startswith("all; not lcm, ")
+    assert "dmd2" not in table["WanPipeline"]["methods"]
+    assert {row["methods"] for name, row in table.items() if name != "WanPipeline"} == {"all"}
+    fused = {name for name, row in table.items() if row["students"] == "LoRA*, full"}
+    assert fused == {f"{n}Pipeline" for n in ("ConsistencyModel", "DDPM", "DiT", "PixArtAlpha", "PixArtSigma")}
+    printed = fewstep("backbones").out
+    assert all(name in printed for name in FAMILIES)
+    assert all(line in printed for line in remarks())
+    assert any("not lcm" in line and "needs clips" in line for line in remarks())

@@ -18,10 +18,10 @@ from fewstep.distill.config import CONFIGS, METHODS, LCMConfig, TrainConfig
 from fewstep.distill.methods import distiller
 from fewstep.distill.presets import DistributionMatchingConfig
 from fewstep.distill.teachers import embed, untrained
-from fewstep.samplers.load import EMBEDDED
+from fewstep.samplers.load import EMBEDDED, family
 from fewstep.samplers.manifest import read_manifest
 from tests.distill.runs import metrics, write_images
-from tests.pipelines import tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
+from tests.pipelines import tiny_dit, tiny_pixart, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
 from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
 TINY: dict[str, Callable[..., Any]] = {  # by the teacher that a recipe names
@@ -32,6 +32,9 @@ TINY: dict[str, Callable[..., Any]] = {  # by the teacher that a recipe names
     "black-forest-labs/FLUX.1-dev": tiny_flux,
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": tiny_sana,
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": tiny_wan,
+    "PixArt-alpha/PixArt-XL-2-512x512": tiny_pixart,
+    "PixArt-alpha/PixArt-XL-2-1024-MS": lambda folder: tiny_pixart(folder, sample_size=128, micro_conditions=True),
+    "facebook/DiT-XL-2-256": tiny_dit,
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": lambda folder: tiny_wan(folder, two_transformers=True),
 }
 GUIDED = ("black-forest-labs/FLUX.1-dev",)
@@ -64,6 +67,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides: pictures with captions, prompts, a cache, and no more than two small iterations."""
     home = tmp_path_factory.mktemp("inputs")
     (home / "prompts.txt").write_text("a red apple\na cat\n")
+    (home / "labels.txt").write_text("0\n207\n")
     return [
         f"train_data={write_images(home / 'images', n=2)}",
         f"prompts={home / 'prompts.txt'}",
@@ -81,6 +85,10 @@ def of(config: TrainConfig, inputs: list[str], folder: Path) -> list[str]:
         chosen += ["height=64", "width=64"]
     if config.num_frames is not None:
         chosen += ["num_frames=5"]
+    if config.teacher.endswith("1024-MS"):
+        chosen += ["height=16", "width=16"]
+    if "DiT" in config.teacher:
+        chosen = [i.replace("prompts.txt", "labels.txt") for i in chosen]
     return [*chosen, f"output_dir={folder}"]
 
 
@@ -105,6 +113,9 @@ def test_a_recipe_trains_what_it_says(name: str, tiny: Callable[[str], Path], in
         assert (run / "student/model_index.json").is_file()
         assert not weights
         return
+    if not family(manifest.pipeline).takes_lora:
+        assert not weights
+        weights = [run / "student/peft/adapter_model.safetensors"]
     assert len(weights) == NETWORKS.get(recipe.teacher, 1)
     for path in weights:
         with safe_open(path, "pt") as file:

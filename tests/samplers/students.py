@@ -17,7 +17,15 @@ from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import load
 from fewstep.samplers.plan import SamplingPlan, Step, plan_of_levels, sample, uniform_plan
 from fewstep.samplers.student import Manifest, fingerprint, save_student
-from tests.pipelines import tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
+from tests.pipelines import (
+    tiny_classes,
+    tiny_ddpm,
+    tiny_dit,
+    tiny_pixart,
+    tiny_stable_diffusion,
+    tiny_stable_diffusion_3,
+    tiny_wan,
+)
 from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
 CLIP = {"height": 64, "width": 64, "num_frames": 5}
@@ -84,6 +92,14 @@ CASES = {
     "wan-full": case(tiny_wan, "full", renoising, 1, 2),
     "wan2-lora": case(tiny_wan, "lora", two_scales, 3, two_transformers=True),
     "wan2-full": case(tiny_wan, "full", uniform_plan, 4, two_transformers=True),
+    "dit-lora": case(tiny_dit, "lora", lcm, 1, 2, 4),
+    "dit-full": case(tiny_dit, "full", lambda k: uniform_plan(k, 3.0), 1, 2, 4, labels=False),
+    "dit-sde-full": case(tiny_dit, "full", lambda k: uniform_plan(k, rule="sde"), 2),
+    "pixart-lora": case(tiny_pixart, "lora", renoising, 1, 2, 4),
+    "pixart-full": case(tiny_pixart, "full", lambda k: uniform_plan(k, 3.0), 1, 3, sigma=True),
+    "classes-lora": case(tiny_classes, "lora", lcm, 1, 2, 4),
+    "classes-full": case(tiny_classes, "full", uniform_plan, 1, 2, 4),
+    "classes-sde-full": case(tiny_classes, "full", lambda k: uniform_plan(k, rule="sde"), 2, classes=None),
     "ddpm-lora": case(tiny_ddpm, "lora", lcm, 1, 2, 4),
     "ddpm-full": case(tiny_ddpm, "full", uniform_plan, 1, 2, 4),
 }
@@ -137,7 +153,8 @@ def saved(folder: Path, name: str = "sd-lora", base: Path | None = None) -> Save
 def latents(denoiser: Denoiser, manifest: Manifest, steps: int) -> Tensor:
     """Of the card's prompts and seeds."""
     shape = denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)
-    return sample(denoiser.at(shape), denoiser.encode(PROMPTS), manifest.plan(steps), [0, 1], shape)
+    prompts = list(denoiser.examples or PROMPTS)
+    return sample(denoiser.at(shape), denoiser.encode(prompts), manifest.plan(steps), [0, 1], shape)
 
 
 def snippet_of(folder: Path, steps: int) -> str:

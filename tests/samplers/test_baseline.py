@@ -9,7 +9,14 @@ import torch
 
 from fewstep.samplers.baseline import SCHEDULERS, counted, default_scheduler, scheduler_of, stock_images
 from fewstep.samplers.errors import UserError
-from tests.pipelines import tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_3
+from tests.pipelines import (
+    tiny_classes,
+    tiny_ddpm,
+    tiny_dit,
+    tiny_pixart,
+    tiny_stable_diffusion,
+    tiny_stable_diffusion_3,
+)
 from tests.pipelines_large import tiny_stable_diffusion_xl
 
 PROMPTS = ["a cat", "a red apple"]
@@ -127,3 +134,26 @@ def test_an_unconditional_pipeline():
     generators = [torch.Generator().manual_seed(s) for s in (3, 4)]
     want = pipe(2, generators, num_inference_steps=4, output_type="np").images
     assert torch.equal(images, torch.from_numpy(want).permute(0, 3, 1, 2))
+
+
+def test_labels_in_place_of_prompts():
+    """Of DiT with its guidance, of pixels without; DiT does not scale its first noise as Euler needs, nor takes a prompt."""
+    dit, classes = tiny_dit(), tiny_classes()
+    call = {"num_inference_steps": 3}
+    generators = [torch.Generator().manual_seed(s) for s in (3, 4)]
+    want = dit([207, 7], guidance_scale=3.0, generator=generators, **call, output_type="pt").images
+    assert torch.equal(stock_images(dit, ["golden retriever", "7"], [3, 4], 3, 3.0), want)
+    generators = [torch.Generator().manual_seed(s) for s in (3, 4)]
+    pixels = classes(2, [1, 4], generator=generators, **call, output_type="np").images
+    assert torch.equal(stock_images(classes, ["1", "4"], [3, 4], 3, 3.0), torch.from_numpy(pixels).movedim(-1, -3))
+    with pytest.raises(UserError, match="DiTPipeline takes no negative_prompt"):
+        stock_images(dit, ["7"], [3], 3, 3.0, "goldfish")
+    dit.scheduler = scheduler_of(dit.scheduler, "euler", "trailing")
+    with pytest.raises(UserError, match="EulerDiscreteScheduler: DiTPipeline does not scale its first noise"):
+        stock_images(dit, ["7"], [3], 3)
+
+
+def test_pixart_draws_the_size_that_is_asked():
+    """Without the bins of the pipeline, which know no size this small."""
+    images = stock_images(tiny_pixart(), ["a cat", "a dog"], [0, 1], 2, 3.0, "blurry", height=16, width=24)
+    assert images.shape == (2, 3, 16, 24)

@@ -31,7 +31,7 @@ except ImportError:
 else:
     raise SystemExit("fewstep can be imported")
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLWan, DDPMPipeline
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLWan, ConsistencyModelPipeline, DDPMPipeline
 
 seen = []
 def noting(method):
@@ -42,7 +42,8 @@ def noting(method):
 for vae in (AutoencoderDC, AutoencoderKL, AutoencoderKLWan):
     vae.decode = noting(vae.decode)
 to_pil = DDPMPipeline.numpy_to_pil
-DDPMPipeline.numpy_to_pil = noting(lambda self, images: to_pil(images))
+for pipeline in (ConsistencyModelPipeline, DDPMPipeline):
+    pipeline.numpy_to_pil = noting(lambda self, images: to_pil(images))
 
 for folder, steps in json.loads(sys.argv[1]):
     os.chdir(folder)

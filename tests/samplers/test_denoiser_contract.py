@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
-from tests.pipelines import PROMPTS, tiny_ddpm, tiny_wan
+from tests.pipelines import PROMPTS, tiny_wan
 from tests.samplers.families import FAMILIES, PROMPTED, SIZE, family, inputs
 
 # what moves the output
@@ -137,7 +137,7 @@ def test_wan_takes_a_time_per_frame():
 # images
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3", "stable_diffusion_xl", "flux"])
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_3", "stable_diffusion_xl", "flux", "pixart"])
 def test_latents_of_images_are_those_of_image_to_image(name: str):
     """(mode - shift) * scaling of the pipeline's own preprocessing, with the config's numbers."""
     denoiser = family(name)
@@ -173,7 +173,7 @@ def test_images_are_differentiable_in_latents(name: str):
     x = (0.3 * x).requires_grad_()
     (gradient,) = torch.autograd.grad(denoiser.to_images(x).sum(), x)
     assert gradient.norm() > 0
-    if name == "unet2d":
+    if name.startswith("unet2d"):
         assert denoiser.to_images(torch.full_like(x, 3.0)).max() == 2
 
 
@@ -188,6 +188,9 @@ def test_sizes():
     assert family("sana").latent_shape() == (4, 256, 256)
     assert family("wan").latent_shape(frames=81) == (4, 21, 60, 104)
     assert family("unet2d").latent_shape(16) == (3, 16, 8)
+    assert family("pixart").latent_shape(24, 32) == (4, 12, 16)
+    assert family("dit").latent_shape(16) == (4, 8, 8)
+    assert family("dit").pixels() == (16, 16)
 
 
 @pytest.mark.parametrize(
@@ -200,18 +203,13 @@ def test_sizes():
         ("wan", {"height": 72, "width": 64}, "72x64: both must be divisible by 16"),
         ("wan", {"frames": 16}, "16 frames: must be 1 more than a multiple of 4"),
         ("unet2d", {"height": 9}, "9x8: both must be divisible by 2"),
+        ("pixart", {"height": 18}, "18x16: both must be divisible by 4"),
+        ("dit", {"width": 32}, "16x32: DiTPipeline samples at its own size alone, 16x16"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(name: str, size: dict[str, int], message: str):
     with pytest.raises(UserError, match=message):
         family(name).latent_shape(**size)
-
-
-def test_a_class_conditional_unet_is_refused():
-    pipe = tiny_ddpm()
-    pipe.unet.register_to_config(num_class_embeds=10)
-    with pytest.raises(UserError, match="class-conditional"):
-        denoiser_of(pipe)
 
 
 # LoRA targets
@@ -224,7 +222,7 @@ def test_every_lora_target_is_there_and_attention_and_feed_forward_are_covered(n
     linear = torch.nn.Linear | torch.nn.Conv2d  # but for depthwise ones
     layers = [k for k, m in denoiser.network.named_modules() if isinstance(m, linear) and getattr(m, "groups", 1) == 1]
     matched = {k for k in layers if k.endswith(tuple("." + end for end in denoiser.lora_targets))}
-    if name != "unet2d":  # its blocks are a subset of StableDiffusion's
+    if not name.startswith("unet2d"):  # its blocks are a subset of StableDiffusion's
         for end in denoiser.lora_targets:
             assert any(k.endswith("." + end) for k in layers), end
     wanted = {k for k in layers if any(part in k for part in ("attn", "attentions", ".ff", "ffn")) and "norm" not in k}

@@ -29,6 +29,9 @@ BLOCKS = {
     "flux": ("single_transformer_blocks.0", "transformer_blocks.1", "norm_out"),
     "sana": ("transformer_blocks.1", "transformer_blocks.0", "norm_out"),
     "wan": ("blocks.1", "blocks.0.ffn", "norm_out"),
+    "dit": ("transformer_blocks.1", "transformer_blocks.0.ff", "norm_out"),  # the first block's embedding runs again
+    "pixart": ("transformer_blocks.1", "transformer_blocks.0.attn2", "norm_out"),
+    "unet2d_classes": ("mid_block", "down_blocks.1", "up_blocks.1.resnets.1"),
     "unet2d": ("mid_block", "down_blocks.1", "up_blocks.1.resnets.1"),
 }
 
@@ -41,7 +44,10 @@ def by_hand(name: str, network: Any, x: Tensor, time: Tensor, condition: Any, bl
         modules[block].register_forward_hook(lambda m, a, output, block=block: seen.update({block: output}))
         for block in blocks
     ]
-    if name in ("stable_diffusion", "unet2d"):
+    if name == "pixart":
+        size = {"resolution": torch.full((len(x), 2), 16.0), "aspect_ratio": torch.ones(len(x), 1)}
+        network(x, timestep=time, added_cond_kwargs=size, **condition.tensors)
+    elif name in ("stable_diffusion", "unet2d", "unet2d_classes"):
         network(x, time, **condition.tensors)
     elif name == "stable_diffusion_xl":
         added = {
@@ -120,7 +126,9 @@ def test_default_blocks():
     """The bottleneck of a UNet; of a transformer the last block of each quarter."""
     names = {name: inputs(name)[0].feature_blocks for name in FAMILIES}
     assert names["stable_diffusion"] == names["stable_diffusion_xl"] == names["unet2d"] == ("mid_block",)
+    assert names["unet2d_classes"] == ("mid_block",)
     assert names["stable_diffusion_3"] == names["sana"] == ("transformer_blocks.0", "transformer_blocks.1")
+    assert names["dit"] == names["pixart"] == names["stable_diffusion_3"]
     assert names["wan"] == ("blocks.0", "blocks.1")
     assert names["flux"] == tuple(f"{part}transformer_blocks.{i}" for part in ("", "single_") for i in (0, 1))
     assert quarters([nn.Identity()] * 30, "blocks") == ("blocks.7", "blocks.14", "blocks.22", "blocks.29")

@@ -16,7 +16,15 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
 from fewstep.samplers.plan import SamplingPlan, Step, plan_of_levels, uniform_plan
 from fewstep.samplers.stock import stock
-from tests.pipelines import tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
+from tests.pipelines import (
+    tiny_classes,
+    tiny_ddpm,
+    tiny_dit,
+    tiny_pixart,
+    tiny_stable_diffusion,
+    tiny_stable_diffusion_3,
+    tiny_wan,
+)
 from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
 ZERO_SNR = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
@@ -38,7 +46,9 @@ def schedule(scheduler: Any, arguments: dict[str, Any], bound: dict[str, Any]) -
     return scheduler.timesteps.tolist()
 
 
-@pytest.mark.parametrize("build", [tiny_stable_diffusion, tiny_stable_diffusion_xl, tiny_ddpm])
+@pytest.mark.parametrize(
+    "build", [tiny_stable_diffusion, tiny_stable_diffusion_xl, tiny_ddpm, tiny_dit, tiny_pixart, tiny_classes]
+)
 @pytest.mark.parametrize(
     ("plan", "name", "times"),
     [
@@ -157,6 +167,14 @@ OTHER_MEMBER = SamplingPlan(steps=(Step(level=1, to=0.5), Step(level=0.5, to=0, 
         (tiny_wan, {"two_transformers": True}, guided(1, 2), "guides only with a guidance_scale above 1"),
         (tiny_stable_diffusion, {}, uniform_plan(2, embedded_guidance=7.0), "that the student's network does not have"),
         (tiny_stable_diffusion, {"guidance_input": True}, uniform_plan(2), "must be the network's input alone"),
+        (
+            tiny_dit,
+            {},
+            renoising(1, 0.5).model_copy(update={"steps": guided(2, 2).steps}),
+            "2: DiTPipeline draws noise for",
+        ),
+        (tiny_dit, {}, uniform_plan(3), "follows rule ode through the levels 1, 0.666667"),
+        (tiny_classes, {}, guided(2, 2), "ConsistencyModelPipeline takes none"),
         (tiny_flux, {}, uniform_plan(2, 3.5), "must be the network's input alone"),
         (tiny_flux, {"guidance_input": False}, uniform_plan(2, 3.5), "guides this network by true_cfg_scale only"),
     ],

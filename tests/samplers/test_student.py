@@ -26,9 +26,8 @@ def test_a_saved_student_loads_as_it_was(students: dict[str, Saved], name: str):
         loaded, manifest = load_student(s.folder, fuse=fuse)
         assert manifest == s.manifest
         adapters = [getattr(network, "peft_config", None) for network in loaded.networks.values()]
-        assert (
-            all(adapters) if name.endswith("lora") and not fuse and not name.startswith("ddpm") else not any(adapters)
-        )
+        apart = name.endswith("lora") and s.student.takes_lora and not fuse
+        assert all(adapters) if apart else not any(adapters)
         torch.testing.assert_close(latents(loaded, manifest, steps), expected, rtol=0, atol=1e-4 if fuse else 2e-5)
     with pytest.raises(UserError, match=f"steps 7: this student samples in {min(manifest.plans)}"):
         manifest.plan(7)
@@ -40,7 +39,7 @@ def test_what_the_folder_holds(students: dict[str, Saved], name: str):
     s = students[name]
     here = {p.name for p in s.folder.iterdir()}
     weights = {WEIGHTS} | ({"pytorch_lora_weights_transformer_2.safetensors"} if name.startswith("wan2") else set())
-    if name.endswith("lora") and not name.startswith("ddpm"):
+    if name.endswith("lora") and s.student.takes_lora:
         assert here == {*weights, "scheduler", "fewstep.json", "README.md"}
     else:
         own = {k for k in s.teacher.pipeline.components if getattr(s.teacher.pipeline, k) is not None}
