@@ -105,6 +105,7 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     keep_encoder = getattr(config, "train_text_encoder", False)
     with accelerator.main_process_first():
         condition = None if keep_encoder else data_sets.conditions(config, teacher, data.captions)
+        images = "images" in distiller(config.method).needs_of(config)
         latents = data_sets.latents(config, teacher, data) if images else None
         shown = None
         if config.validation_prompts and not keep_encoder:
