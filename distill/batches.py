@@ -1,10 +1,17 @@
-"""Which samples a micro-batch holds: a function of (seed, epoch, iteration, process), so that resume needs no state."""
+"""Which samples a micro-batch holds: a function of (seed, epoch, iteration, process), so that resume needs no state.
+
+With several buckets a micro-batch is a group of one bucket (`buckets.Groups`).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fewstep.distill.buckets import Groups
+from fewstep.distill.cache import Latents, StoredConditions
 from fewstep.distill.data import DataSet
 from fewstep.distill.distiller import Batch
 from fewstep.distill.random import Rngs, permutation
@@ -18,29 +25,33 @@ class Batches:
         data: the data set.
         shape: of one sample of latents, (C, ...).
         condition: conditions of `data.captions`, on the CPU, or None where the method encodes prompts itself.
-        latents: latents of the images, (N, C, ...), on the CPU, or None.
+        latents: latents of the images, (C, ...) each, on the CPU, or None.
         seed: the run's seed.
         batch_size: rows per micro-batch.
         accumulation: micro-batches per iteration.
         rank: this process, of `world`.
         world: see rank.
         device: where batches are returned.
+        shapes: `shape` in each bucket, where there are several.
     """
 
     def __init__(
         self,
         data: DataSet,
         shape: tuple[int, ...],
-        condition: Condition | None,
-        latents: Tensor | None,
+        condition: Condition | StoredConditions | None,
+        latents: Tensor | Latents | None,
         seed: int,
         batch_size: int,
         accumulation: int = 1,
         rank: int = 0,
         world: int = 1,
         device: torch.device | str = "cpu",
+        shapes: Sequence[tuple[int, ...]] = (),
     ):
         self.data, self.shape, self.condition, self.latents = data, shape, condition, latents
+        self.shapes = list(shapes)
+        self.groups = Groups(data.bucket_of, batch_size, seed) if self.shapes else None
         self.seed, self.batch_size, self.accumulation = seed, batch_size, accumulation
         self.rank, self.world, self.device = rank, world, device
         self._epoch, self._order = -1, torch.empty(0)
@@ -56,13 +67,20 @@ class Batches:
         start = (micro * self.world + self.rank) * self.batch_size
         indices = range(start, start + self.batch_size)
         rng = Rngs(self.seed, iteration, indices, self.device)
-        total = self.batch_size * self.accumulation * self.world
-        samples = [self._sample(iteration * total + i) for i in indices]
+        if self.groups is None:
+            total = self.batch_size * self.accumulation * self.world
+            samples = [self._sample(iteration * total + i) for i in indices]
+        else:
+            samples = self.groups((iteration * self.accumulation + micro) * self.world + self.rank)
         draws = Rngs(self.seed, iteration, indices).uniform("caption").tolist()
         captions = [self.data.caption(i, u) for i, u in zip(samples, draws, strict=True)]
-        return Batch(
+        batch = Batch(
             prompts=[self.data.captions[c] for c in captions],
-            shape=self.shape,
+            shape=self.shapes[self.data.bucket_of[samples[0]]] if self.shapes else self.shape,
             condition=None if self.condition is None else self.condition[captions].to(self.device),
-            x0=None if self.latents is None else self.latents[samples].to(self.device),
-        ), rng
+        )
+        if self.latents is not None:
+            batch.x0 = self.latents[samples].to(self.device)
+        if self.latents is not None and self.data.has_images:
+            batch.size_ids = torch.tensor([self.data.sizes(i) for i in samples], device=self.device)
+        return batch, rng

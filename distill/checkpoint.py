@@ -116,10 +116,12 @@ def _iteration(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def latest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a line for each newer one that is torn."""
+def latest(folder: Path, until: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint (up to iteration `until`), and a line for each newer one that is torn."""
     said = [f"checkpoint {p}: the run ended while it was written" for p in sorted(folder.glob(".step-*.partial"))]
     for checkpoint in reversed(iterations(folder)):
+        if until is not None and _iteration(checkpoint) > until:
+            continue
         why = fault(checkpoint)
         if why is None:
             return checkpoint, said
@@ -133,12 +135,12 @@ def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
     return groups, json.loads((checkpoint / "meta.json").read_text())
 
 
-def prune(folder: Path, newest: Path, limit: int, keep: Path | None = None) -> None:
-    """Delete all but the last `limit` checkpoints up to `newest`, never `keep`; later ones are torn, and go too."""
+def prune(folder: Path, newest: Path, limit: int, keep: Path | None = None, good: Path | None = None) -> None:
+    """Delete all but the last `limit` checkpoints up to `newest`, never `keep` and `good`; later ones are torn, and go too."""
     found = iterations(folder)
     last = found.index(newest)
     for checkpoint in (*found[: max(0, last + 1 - limit)], *found[last + 1 :]):
-        if checkpoint != keep:
+        if checkpoint not in (keep, good):
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 

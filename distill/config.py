@@ -21,6 +21,7 @@ class PretrainConfig(TrainConfig, frozen=True):
 
     method: Literal["pretrain"]
     student: Literal["lora", "full"] = "full"
+    preflight: bool = Field(False, description="its teacher is only where training starts, and may be untrained")
     train_text_encoder: bool = False
     prompt_dropout: float = Field(0.1, ge=0, lt=1)
     snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting (arXiv:2303.09556); none: weight 1")

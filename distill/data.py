@@ -1,31 +1,28 @@
-"""What a run trains on: prompts, or images with captions; text embeddings and latents computed once and cached.
+"""What a run trains on: prompts, or images with captions.
 
 A data set is a list of samples with an `image(i)` and a `caption(i, u)`, where u is a uniform draw: a sample may have
-several captions. Captions are few and shared, so a data set lists them once.
+several captions. Captions are few and shared, so a data set lists them once. Images come in one size, or in buckets.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.distill import checkpoint
+from fewstep.distill import sources
+from fewstep.distill.buckets import make_buckets, nearest
 from fewstep.distill.config import TrainConfig
-from fewstep.samplers.condition import Condition, concatenate
-from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.distill.pictures import Unusable, fitted, picture, size_ids, upright_size
+from fewstep.distill.sources import Source, read_text, some
 from fewstep.samplers.errors import UserError
 
-CACHE = "~/.cache/fewstep"
-CACHE_FORMAT = 1
-"""Part of every key: to be raised when the same inputs are to give other tensors."""
 CAPTION_LEVELS = (0.40, 0.35, 0.10)
 """Shares of full, category and category-alone captions of an embedded picture; the rest have none."""
 
@@ -35,6 +32,10 @@ class DataSet(Protocol):
 
     captions: list[str]
     has_images: bool
+    buckets: list[tuple[int, int]]
+    """Sizes (height, width) that its images come in; none where the run's own size is the only one."""
+    bucket_of: list[int]
+    """Which of them each sample is of."""
 
     def __len__(self) -> int: ...
 
@@ -43,11 +44,15 @@ class DataSet(Protocol):
         ...
 
     def image(self, i: int) -> Tensor:
-        """(3, H, W) in 0..1."""
+        """(3, H, W) in 0..1, in the size of its bucket; Unusable where there is none."""
         ...
 
-    def key(self) -> str:
-        """A text that names the images' content, for caches."""
+    def sizes(self, i: int) -> list[int]:
+        """What SDXL is told: original height, width; top, left of the crop once resized; height, width."""
+        ...
+
+    def content(self, i: int) -> str:
+        """A text that names an image's content, for caches."""
         ...
 
 
@@ -58,6 +63,8 @@ class Prompts:
 
     def __init__(self, captions: Sequence[str]):
         self.captions = list(captions)
+        self.buckets: list[tuple[int, int]] = []
+        self.bucket_of = [0] * len(self.captions)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -68,8 +75,11 @@ class Prompts:
     def image(self, i: int) -> Tensor:
         raise UserError("this data set has prompts only")
 
-    def key(self) -> str:
-        return json.dumps(self.captions)
+    def sizes(self, i: int) -> list[int]:
+        raise UserError("this data set has prompts only")
+
+    def content(self, i: int) -> str:
+        return self.captions[i]
 
 
 class EmojiImages:
@@ -94,6 +104,8 @@ class EmojiImages:
                 choice.append(index[caption])
             self._choices.append(tuple(choice))
         self._edges = np.cumsum(CAPTION_LEVELS)
+        self._drawn: str | None = None
+        self.buckets, self.bucket_of = [(drawings.SIDE, drawings.SIDE)], [0] * n
 
     def __len__(self) -> int:
         return len(self.compositions)
@@ -104,9 +116,14 @@ class EmojiImages:
     def image(self, i: int) -> Tensor:
         return torch.from_numpy(self._render(self.compositions[i])).permute(2, 0, 1).float() / 255
 
-    def key(self) -> str:
-        pictures = [self._render(c).tobytes() for c in self.compositions[:256]]  # a new sheet or another rendering
-        return json.dumps([sha256(b"".join(pictures)).hexdigest(), self.compositions])
+    def sizes(self, i: int) -> list[int]:
+        return [*self.buckets[0], 0, 0, *self.buckets[0]]
+
+    def content(self, i: int) -> str:
+        if self._drawn is None:  # a new sheet or another rendering shows in the first pictures
+            pictures = [self._render(c).tobytes() for c in self.compositions[:256]]
+            self._drawn = sha256(b"".join(pictures)).hexdigest()
+        return json.dumps([self._drawn, self.compositions[i]])
 
 
 class EmojiPrompts(EmojiImages):
@@ -115,59 +132,104 @@ class EmojiPrompts(EmojiImages):
     has_images = False
 
 
-class ImageFolder:
-    """Images with a `.txt` caption of the same name beside each, resized and centre-cropped to one size."""
+class Images:
+    """Images of a source, each in the bucket whose shape is nearest to its own.
+
+    Args:
+        source: files and captions.
+        buckets: sizes (height, width); where there is only one, no image is opened before it is needed.
+
+    Raises:
+        UserError: with several buckets, images that cannot be opened, with their number and the first names.
+    """
 
     has_images = True
-    SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-    def __init__(self, folder: str | Path, height: int, width: int):
-        root = Path(folder)
-        if not root.is_dir():
-            raise UserError(f"train_data {folder}: no such folder")
-        self.paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in self.SUFFIXES)
-        if not self.paths:
-            raise UserError(f"train_data {folder}: no images there ({', '.join(self.SUFFIXES)})")
-        bare = [p.name for p in self.paths if not p.with_suffix(".txt").is_file()]
-        if bare:
-            raise UserError(f"train_data {folder}: {len(bare)} images lack a .txt caption, e.g. {bare[0]}")
-        self.captions = [read_text(p.with_suffix(".txt"), "caption").strip() for p in self.paths]
-        self.size = (height, width)
+    def __init__(self, source: Source, buckets: Sequence[tuple[int, int]]):
+        self.source, self.buckets = source, list(buckets)
+        self.captions = [text for texts in source.texts for text in texts]
+        self._first = np.cumsum([0, *(len(texts) for texts in source.texts)])
+        self._seen: dict[int, tuple[str, int, int]] = {}
+        self.bucket_of = [0] * len(source.names)
+        if len(self.buckets) > 1:
+            faults = []
+            for i in range(len(self)):
+                try:
+                    self.bucket_of[i] = nearest(self.buckets, *self._look(i)[1:])
+                except Unusable as error:
+                    faults.append(str(error))
+            refuse_unusable(faults, len(self))
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.source.names)
 
     def caption(self, i: int, u: float) -> int:
-        return i
+        first, end = self._first[i : i + 2].tolist()
+        return first + int(u * (end - first))
 
     def image(self, i: int) -> Tensor:
-        from PIL import Image, ImageOps
+        name = self.source.names[i]
+        return fitted(picture(self.source.read(i), name), self.buckets[self.bucket_of[i]], name)
 
-        height, width = self.size
-        try:
-            with Image.open(self.paths[i]) as opened:
-                image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (width, height))
-        except Exception as error:  # each format of PIL has its own kinds
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{self.paths[i]}: cannot be read as an image ({why})") from error
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    def sizes(self, i: int) -> list[int]:
+        _, height, width = self._look(i)
+        return size_ids((height, width), self.buckets[self.bucket_of[i]])
 
-    def key(self) -> str:
-        try:
-            return json.dumps([[sha256(p.read_bytes()).hexdigest() for p in self.paths], self.size])
-        except OSError as error:
-            raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    def content(self, i: int) -> str:
+        return self._look(i)[0]
+
+    def _look(self, i: int) -> tuple[str, int, int]:
+        """Hash of the file, height and width of the upright image; a file is read for them once."""
+        if i not in self._seen:
+            data = self.source.read(i)
+            self._seen[i] = sha256(data).hexdigest(), *upright_size(data, self.source.names[i])
+        return self._seen[i]
+
+
+def refuse_unusable(faults: Sequence[str], of: int) -> None:
+    """UserError that counts and names the images that cannot be used, if there are any."""
+    if faults:
+        raise UserError(f"train_data: {len(faults)} of {of} images cannot be used: {some(faults)}")
 
 
 def data_set(config: TrainConfig, pixels: tuple[int, int]) -> DataSet:
-    """The data set of a config: `train_data` where it is given, otherwise `prompts`."""
-    if config.train_data is not None:
-        if config.train_data == "embedded:emoji":
-            return EmojiImages(config.num_samples, config.seed)
-        return ImageFolder(config.train_data, *pixels)
+    """The data set of a config: `train_data` or `dataset_name` where one is given, otherwise `prompts`.
+
+    Args:
+        config: the run's.
+        pixels: height and width of its samples.
+    """
+    if config.train_data == "embedded:emoji":
+        return EmojiImages(config.num_samples, config.seed)
+    if config.has_images:
+        return Images(source(config), buckets(config, pixels))
     if config.prompts == "embedded:emoji":
         return EmojiPrompts(config.num_samples, config.seed)
     return Prompts(read_prompts(config.prompts or ""))
+
+
+def captions(config: TrainConfig) -> list[str]:
+    """The captions of a config's images or its prompts; no image is read."""
+    if config.has_images and config.train_data != "embedded:emoji":
+        return [text for texts in source(config).texts for text in texts]
+    return data_set(config, (8, 8)).captions
+
+
+def source(config: TrainConfig) -> Source:
+    """Where the images of a config are; UserError where they are not."""
+    c = config
+    if c.dataset_name is not None:
+        return sources.dataset(c.dataset_name, c.dataset_config_name, c.dataset_split, c.image_column, c.caption_column)
+    return sources.source_of(c.train_data or "", c.caption_column)
+
+
+def buckets(config: TrainConfig, pixels: tuple[int, int]) -> list[tuple[int, int]]:
+    """Sizes (height, width) of a config's images."""
+    if isinstance(config.aspect_ratio_buckets, list):
+        return list(config.aspect_ratio_buckets)
+    if not config.aspect_ratio_buckets:
+        return [pixels]
+    return make_buckets(*pixels, config.bucket_reso_steps, config.min_bucket_reso, config.max_bucket_reso)
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -176,107 +238,3 @@ def read_prompts(path: str | Path) -> list[str]:
     if not prompts:
         raise UserError(f"prompts {path}: the file holds no prompt; one a line is expected")
     return prompts
-
-
-def read_text(path: str | Path, what: str) -> str:
-    """A text file in UTF-8; UserError where it is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what} {path}: cannot be read as text in UTF-8 ({type(error).__name__})") from error
-
-
-def made_by(denoiser: Denoiser, names: Iterable[str]) -> str:
-    """Names what makes cached tensors: the class, and of these components the settings, vocabulary and weights.
-
-    Of each tensor up to 4096 entries are read, bit by bit: training moves all of them.
-    """
-    digest = sha256(type(denoiser).__name__.encode())
-    if labels := getattr(denoiser.pipeline, "labels", None):  # of classes: what their names mean
-        digest.update(json.dumps(labels, sort_keys=True).encode())
-    for name in sorted(names):
-        component = denoiser.pipeline.components[name]
-        if isinstance(component, nn.Module):
-            config: Any = component.config
-            settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-            settings = {k: v for k, v in settings.items() if not k.startswith("_") and "version" not in k}
-            digest.update(json.dumps([name, settings], sort_keys=True, default=str).encode())
-            for key, value in component.state_dict().items():
-                picked = value.reshape(-1)[:: max(1, value.numel() // 4096)].contiguous().cpu()
-                digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(picked.view(torch.uint8).numpy().tobytes())
-        elif hasattr(component, "get_vocab"):
-            vocabulary = [name, component.model_max_length, component.get_vocab()]
-            digest.update(json.dumps(vocabulary, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _cached(config: TrainConfig, kind: str, *key: Any) -> Path:
-    root = Path(os.path.expanduser(config.cache_dir or CACHE))
-    return root / f"{kind}-{sha256(json.dumps([CACHE_FORMAT, *key]).encode()).hexdigest()[:32]}.safetensors"
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cache tensors, and return them as they will be read: another layout in memory is rounded otherwise."""
-    from safetensors.torch import save_file
-
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with checkpoint.writing(path.parent, "set cache_dir"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, temporary)
-            os.replace(temporary, path)  # whole or not at all
-        finally:
-            temporary.unlink(missing_ok=True)
-    return tensors
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path) if path.is_file() else None
-    except (SafetensorError, OSError):
-        return None  # torn: computed again
-
-
-def conditions(config: TrainConfig, denoiser: Denoiser, captions: Sequence[str]) -> Condition:
-    """Conditions of all captions and the negative prompt, from the cache or computed and cached; on the CPU.
-
-    Args:
-        config: for the cache folder and negative prompt.
-        denoiser: encodes.
-        captions: every caption once.
-    """
-    encoders = denoiser.pipeline.components.keys() - {"vae", "scheduler", *denoiser.network_names}
-    path = _cached(config, "text", made_by(denoiser, encoders), list(captions), config.negative_prompt)
-    stored = _read(path)
-    if stored is None:
-        with torch.no_grad():
-            batches = [captions[i : i + 64] for i in range(0, len(captions), 64)]
-            parts = [denoiser.encode(b, config.negative_prompt).to("cpu") for b in batches]
-        whole = concatenate([Condition(p.tensors, p.size) for p in parts])
-        stored = {f"tensors.{k}": v for k, v in whole.tensors.items()}
-        stored |= {f"negative.{k}": v[:1] for k, v in parts[0].negative.items()}
-        stored = _write(path, stored)
-    tensors, negative = (
-        {k.removeprefix(head): v for k, v in stored.items() if k.startswith(head)} for head in ("tensors.", "negative.")
-    )
-    return Condition(tensors, len(captions), negative)
-
-
-def latents(config: TrainConfig, denoiser: Denoiser, data: DataSet) -> Tensor:
-    """Latents of all images, (N, C, ...), from the cache or computed and cached; on the CPU, float32."""
-    encoders = denoiser.pipeline.components.keys() & {"vae"}
-    path = _cached(config, "latents", made_by(denoiser, encoders), data.key())
-    stored = _read(path)
-    if stored is None:
-        parts = []
-        with torch.no_grad():
-            for i in range(0, len(data), 64):
-                images = torch.stack([data.image(k) for k in range(i, min(i + 64, len(data)))])
-                parts.append(denoiser.to_latents(images.to(denoiser.device)).cpu())
-        stored = _write(path, {"latents": torch.cat(parts)})
-    return stored["latents"]

@@ -49,12 +49,15 @@ class Batch:
         shape: of one sample of latents, (C, ...).
         condition: their conditions, with the negative prompt's; None where the method encodes prompts itself.
         x0: latents of real images with these captions, (B, C, ...), or None.
+        size_ids: of these images, (B, 6), as SDXL is told: original height and width, top and left of the crop, height
+            and width; or None.
     """
 
     prompts: list[str]
     shape: tuple[int, ...]
     condition: Condition | None = None
     x0: Tensor | None = None
+    size_ids: Tensor | None = None
 
     @property
     def size(self) -> int:

@@ -36,6 +36,8 @@ MAY_CHANGE = {
         "output_dir",
         "cache_dir",
         "best_metric",
+        "preflight",
+        "collapse_alarm",
     ),
 }
 """Keys that a resumed run may set anew."""

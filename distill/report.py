@@ -16,9 +16,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from fewstep.distill import checkpoint, picture
+from fewstep.distill import checkpoint, data, picture
 from fewstep.distill.config import ConfigError, TrainConfig, validate
-from fewstep.distill.data import data_set
 from fewstep.distill.evaluation import (
     REAL_SEED,
     REFERENCE_SEED,
@@ -174,7 +173,7 @@ def prompt_sources(config: TrainConfig) -> list[str | list[str]]:
     if source in EMBEDDED or config.prompts:
         assert source is not None
         return [source]
-    return [data_set(config, (8, 8)).captions]  # the captions alone: no image is read
+    return [data.captions(config)]
 
 
 def prompt_sets(config: TrainConfig) -> list[PromptSet]:

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
+from fewstep.distill import cache, report, safeguards
 from fewstep.distill import data as data_sets
-from fewstep.distill import report
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import ConfigError, TrainConfig, load_config
 from fewstep.distill.data import DataSet
@@ -29,11 +29,13 @@ from fewstep.samplers.student import Manifest, fingerprint, save_student
 def refuse(config: TrainConfig) -> None:
     """Refuse, before any weight loads, what the method needs and the config lacks."""
     needs = distiller(config.method).needs_of(config)
-    if "images" in needs and config.train_data is None:
+    if "images" in needs and not config.has_images:
         raise ConfigError(f"config: train_data: missing; method {config.method} learns from images with captions")
-    if "prompts" in needs and config.prompts is None and config.train_data is None:
+    if "prompts" in needs and config.prompts is None and not config.has_images:
         raise ConfigError(f"config: prompts: missing; method {config.method} needs prompts (or train_data's captions)")
-    if config.train_data is None and config.prompts not in (None, "embedded:emoji"):
+    if config.aspect_ratio_buckets and not config.has_images:
+        raise ConfigError("config: aspect_ratio_buckets: sorts images; give train_data or dataset_name")
+    if not config.has_images and config.prompts not in (None, "embedded:emoji"):
         data_sets.read_prompts(config.prompts)
     check_tracker(config.report_to)
 
@@ -101,15 +103,24 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     teacher.to(accelerator.device)
     if data is None:
         data = data_sets.data_set(config, teacher.pixels(config.height, config.width))
+    buckets = data.buckets if config.aspect_ratio_buckets else ()
+    shapes = [teacher.latent_shape(*size, config.num_frames) for size in buckets]
+    if shapes and teacher.pipeline.scheduler.config.get("use_dynamic_shifting"):
+        raise ConfigError("config: aspect_ratio_buckets: this teacher's shift depends on the size; train at one size")
+    reference = None
+    if config.preflight:
+        scale, size = getattr(config, "guidance_scale", 1.0), (config.height, config.width, config.num_frames)
+        reference = safeguards.preflight(teacher, data.captions, config.negative_prompt, scale, size, record.say)
+    weights = safeguards.checksums(teacher)
     mark = fingerprint(teacher)
     keep_encoder = getattr(config, "train_text_encoder", False)
     with accelerator.main_process_first():
-        condition = None if keep_encoder else data_sets.conditions(config, teacher, data.captions)
+        condition = None if keep_encoder else cache.conditions(config, teacher, data.captions)
         images = "images" in distiller(config.method).needs_of(config)
-        latents = data_sets.latents(config, teacher, data) if images else None
+        latents = cache.latents(config, teacher, data, record.say) if images else None
         shown = None
         if config.validation_prompts and not keep_encoder:
-            shown = data_sets.conditions(config, teacher, config.validation_prompts)
+            shown = cache.conditions(config, teacher, config.validation_prompts)[range(len(config.validation_prompts))]
     teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
     networks = networks_of(config, teacher)
     method = methods_distiller(config, networks)
@@ -129,11 +140,14 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         accelerator.process_index,
         accelerator.num_processes,
         accelerator.device,
+        shapes,
     )
     trainer = Trainer(config, accelerator, method, batches, record)
+    trainer.alarm.reference = reference if config.collapse_alarm else None
     if resume:
         trainer.resume()
     trainer.run()
+    safeguards.check_unmoved(weights, teacher)
     if accelerator.is_main_process:
         with trainer.averaged():
             record.preview(method, trainer.roles["student"].denoiser, trainer.iteration)

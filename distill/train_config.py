@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator
+
+from fewstep.distill.data_config import DataConfig
 
 
 class ConfigError(ValueError):
     """Every mistake of a config, one line each: file, key, what is wrong, what would be right."""
 
 
-class TrainConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
+class TrainConfig(DataConfig, extra="forbid", frozen=True, allow_inf_nan=False):
     """What every method takes."""
 
     method: str
@@ -27,15 +29,6 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     rank: int = Field(64, ge=1)
     lora_alpha: float | None = Field(None, gt=0, description="default: the rank")
     target_modules: list[str] | None = Field(None, description="default: the family's")
-
-    train_data: str | None = Field(None, description="images with captions: a folder, or embedded:NAME")
-    prompts: str | None = Field(None, description="a text file, one prompt a line, or embedded:NAME")
-    negative_prompt: str = ""
-    num_samples: int = Field(8000, ge=1, description="size of an embedded data set")
-    height: int | None = Field(None, ge=8)
-    width: int | None = Field(None, ge=8)
-    num_frames: int | None = Field(None, ge=1)
-    cache_dir: str | None = Field(None, description="cached latents and embeddings; default ~/.cache/fewstep")
 
     max_train_steps: int = Field(1000, ge=1)
     train_batch_size: int = Field(16, ge=1, description="rows per process and micro-batch")
@@ -72,6 +65,10 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         None, description="files or embedded names, a table each; default: validation_prompts, or those of the training"
     )
     best_metric: str | None = Field(None, description="keep the checkpoint with the lowest of this logged scalar")
+    preflight: bool = Field(True, description="first sample the teacher here and through its stock pipeline")
+    collapse_alarm: bool = Field(
+        True, description="stop when student samples collapse; its reference is the preflight's"
+    )
 
     @field_validator("name")
     @classmethod

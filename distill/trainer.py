@@ -21,6 +21,7 @@ from fewstep.distill.interrupt import Interrupted, Signals
 from fewstep.distill.networks import require_grad, swapped, update_average
 from fewstep.distill.random import generator
 from fewstep.distill.record import Record
+from fewstep.distill.safeguards import CollapseAlarm
 from fewstep.samplers.errors import UserError
 
 NON_FINITE = "non-finite losses"
@@ -53,7 +54,7 @@ class Trainer:
             # accelerate would train in float32 without a word
             raise UserError("mixed_precision fp16: needs a GPU; on this device use bf16 or no")
         self.config, self.accelerator, self.method = config, accelerator, method
-        self.batches, self.record = batches, record
+        self.batches, self.record, self.alarm = batches, record, CollapseAlarm(None)
         self.roles = method.roles()
         self.iteration = 0
         self.skipped = 0
@@ -82,8 +83,9 @@ class Trainer:
         iterations = range(self.iteration, self.config.max_train_steps)
         with self.signals, self._attention(), closing(self.record.progress(iterations)) as counted:
             for i in counted:
-                self.scalars |= self.step(i)
+                self.scalars |= (said := self.step(i))
                 self.iteration = i + 1
+                self.alarm.look(i + 1, said, self.record.checkpoints)
                 self._after()
 
     def step(self, i: int) -> dict[str, float]:
@@ -222,7 +224,7 @@ class Trainer:
             return
         tensors: dict[str, dict[str, Tensor]] = {}
         meta: dict[str, Any] = {"optimizers": {}, "method": self.method.state_dict(), "best": self.best}
-        meta |= {"scalars": self.scalars, "skipped": self.skipped}
+        meta |= {"scalars": self.scalars, "skipped": self.skipped, "alarm": self.alarm.state_dict()}
         for name, role in self.roles.items():
             if role.parameters:
                 tensors[name] = {k: p.data for k, p in role.parameters.items()}
@@ -234,7 +236,8 @@ class Trainer:
             meta["scaler"] = self.accelerator.scaler.state_dict()
         newest = checkpoint.save(self.record.checkpoints, self.iteration, tensors, meta)
         best = self.record.checkpoints / f"step-{self.best[1]:06d}" if self.best else None
-        checkpoint.prune(self.record.checkpoints, newest, self.config.checkpoints_total_limit, best)
+        good = self.alarm.keep(self.record.checkpoints)
+        checkpoint.prune(self.record.checkpoints, newest, self.config.checkpoints_total_limit, best, good)
 
     def resume(self) -> bool:
         """Continue from the newest whole checkpoint; False where there is none, and training starts anew."""
@@ -258,6 +261,7 @@ class Trainer:
         self.method.load_state_dict(meta["method"])
         self.iteration, self.skipped, self.scalars = meta["iteration"], meta["skipped"], meta.get("scalars", {})
         self.best = tuple(meta["best"]) if meta["best"] else None
+        self.alarm.load_state_dict(meta.get("alarm", {}))
         self.record.rewind(self.iteration)
         self.record.say(f"resumed from {whole} at iteration {self.iteration}")
         return True

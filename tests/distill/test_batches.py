@@ -90,3 +90,35 @@ def test_a_data_set_smaller_than_a_batch():
     assert Counter(batch.prompts[:4]) == {"a": 2, "b": 2}
     assert batch.condition is None
     assert batch.x0 is None
+
+
+class Bucketed(Prompts):
+    """Ten samples: seven wide ones, three tall ones."""
+
+    bucket = (0, 0, 1, 0, 0, 1, 0, 1, 0, 0)
+
+    def __init__(self) -> None:
+        super().__init__([f"prompt {i}" for i in range(N)])
+        self.bucket_of = list(self.bucket)
+
+
+def test_a_micro_batch_is_of_one_bucket():
+    """With its shape; whatever the processes, an iteration holds the same groups, with the same draws."""
+    shapes = [(4, 8, 16), (4, 16, 8)]
+    found = {}
+    for accumulation, world in ((4, 1), (2, 2), (1, 4)):
+        seen = []
+        for rank in range(world):
+            some = Batches(Bucketed(), (4, 8, 8), None, None, 3, 2, accumulation, rank, world, shapes=shapes)
+            for iteration in range(3):
+                for micro in range(accumulation):
+                    batch, rng = some(iteration, micro)
+                    (bucket,) = {Bucketed.bucket[int(p.removeprefix("prompt "))] for p in batch.prompts}
+                    assert batch.shape == shapes[bucket]
+                    seen.append((iteration, rng.indices[0], batch.prompts, rng.normal("x", (1,)).tolist()))
+        found[world] = sorted(seen)
+    assert found[1] == found[2] == found[4]
+    prompts = [
+        p for _, _, group, _ in found[1][:6] for p in group
+    ]  # an epoch: four groups of the wide, two of the tall
+    assert set(prompts) == {f"prompt {i}" for i in range(N)}

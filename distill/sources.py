@@ -1,0 +1,260 @@
+"""Where images with captions come from: a folder, tar shards, a data set of the package datasets. All give files as bytes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fewstep.distill.pictures import SUFFIXES, Unusable
+from fewstep.samplers.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """N images.
+
+    Attributes:
+        names: what a message calls each image.
+        texts: captions of each image, one at least.
+        read: the file of image i.
+    """
+
+    names: Sequence[str]
+    texts: Sequence[tuple[str, ...]]
+    read: Callable[[int], bytes]
+
+
+def source_of(train_data: str, column: str = "text") -> Source:
+    """A folder of images, or of shards, or a shard, or a pattern of shards."""
+    path = Path(train_data)
+    if path.is_dir() and not any(path.glob("*.tar")):
+        return folder(path, column)
+    if path.is_dir() or ".tar" in path.name:
+        return shards(train_data, column)
+    raise UserError(f"train_data {train_data}: no such folder")
+
+
+def read_text(path: str | Path, what: str) -> str:
+    """A text file in UTF-8; UserError where it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path}: cannot be read as text in UTF-8 ({type(error).__name__})") from error
+
+
+def some(names: Sequence[str], count: int = 3) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _captions(value: Any, where: str) -> tuple[str, ...]:
+    """One caption or a list of captions."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
+        raise UserError(f"{where}: must be a caption, or a list of captions; got {str(value)[:60]!r}")
+    return tuple(t.strip() for t in texts)
+
+
+# a folder
+
+
+def folder(root: Path, column: str = "text") -> Source:
+    """Images below a folder; captions in a `metadata.jsonl` beside them, or in a `.txt` of the image's name."""
+    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise UserError(f"train_data {root}: no images there ({', '.join(SUFFIXES)})")
+    listed = _metadata(root, column)
+    missing = sorted(str(p.relative_to(root)) for p in listed.keys() - set(paths))
+    if missing:
+        raise UserError(
+            f"train_data {root}: metadata.jsonl names {len(missing)} files that are not there: {some(missing)}"
+        )
+    texts, bare = [], []
+    for path in paths:
+        beside = path.with_suffix(".txt")
+        if path in listed:
+            texts.append(listed[path])
+        elif beside.is_file():
+            texts.append((read_text(beside, "caption").strip(),))
+        else:
+            bare.append(path.name)
+    if bare:
+        raise UserError(f"train_data {root}: {len(bare)} images lack a .txt caption, e.g. {some(bare, 1)}")
+
+    def read(i: int) -> bytes:
+        try:
+            return paths[i].read_bytes()
+        except OSError as error:
+            raise Unusable(f"{paths[i]}: cannot be read ({error.strerror})") from error
+
+    return Source([str(p) for p in paths], texts, read)
+
+
+def _metadata(root: Path, column: str) -> dict[Path, tuple[str, ...]]:
+    """Captions by file, of every `metadata.jsonl` below a folder: {"file_name": ..., "text": ...} in each line."""
+    found = {}
+    for path in sorted(root.rglob("metadata.jsonl")):
+        for number, line in enumerate(read_text(path, "captions").splitlines(), 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+                file, value = path.parent / row["file_name"], row[column]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                keys = f'{{"file_name": ..., "{column}": ...}}'
+                raise UserError(f"{where}: must be an object {keys} (caption_column names another key)") from error
+            found[file] = _captions(value, where)
+    return found
+
+
+# shards
+
+
+@dataclass(frozen=True)
+class _Member:
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        try:
+            with self.shard.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.size)
+        except OSError as error:
+            raise Unusable(f"{self.shard}: cannot be read ({error.strerror})") from error
+        if len(data) < self.size:
+            raise Unusable(f"{self.shard}/{self.name}: the shard ends before it")
+        return data
+
+
+def shards(pattern: str, column: str = "text") -> Source:
+    """Samples of webdataset's tar files: members of one name, an image and a caption in `.txt` or `.json`.
+
+    Args:
+        pattern: a file, a folder of `.tar` files, or a pattern with `*` or `{000..127}`.
+        column: of a caption in `.json`.
+
+    Members are read at their places, in any order: the archives must be uncompressed and on this machine.
+    """
+    images, texts, faults = [], [], []
+    for path in shard_paths(pattern):
+        for key, parts in _samples(path).items():
+            pictures = [m for ext, m in parts.items() if f".{ext}" in SUFFIXES]
+            where = f"{path}/{key}"
+            if len(pictures) != 1:
+                faults.append(f"{where} ({len(pictures)} images)")
+            elif "txt" in parts:
+                texts.append((_decoded(parts["txt"]).strip(),))
+                images.append(pictures[0])
+            elif "json" in parts:
+                texts.append(_captions(_field(parts["json"], column), f"{where}.json, {column}"))
+                images.append(pictures[0])
+            else:
+                faults.append(f"{where} (no .txt, no .json)")
+    if faults:
+        raise UserError(f"train_data {pattern}: {len(faults)} samples are not an image with a caption: {some(faults)}")
+    if not images:
+        raise UserError(f"train_data {pattern}: no images in these shards")
+    return Source([f"{m.shard}/{m.name}" for m in images], texts, lambda i: images[i].read())
+
+
+def shard_paths(pattern: str) -> list[Path]:
+    """Files of a pattern, in order; UserError where one is missing, or none is found."""
+    if "://" in pattern:
+        raise UserError(f"train_data {pattern}: shards must lie on this machine; download them first")
+    if Path(pattern).is_dir():
+        pattern = f"{pattern.rstrip('/')}/*.tar"
+    counted = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if counted:
+        first, last = counted.groups()
+        numbers = (str(n).zfill(len(first)) for n in range(int(first), int(last) + 1))
+        paths = [Path(pattern[: counted.start()] + n + pattern[counted.end() :]) for n in numbers]
+    else:
+        path = Path(pattern)
+        paths = sorted(path.parent.glob(path.name))
+    missing = [str(p) for p in paths if not p.is_file()]
+    if missing or not paths:
+        raise UserError(f"train_data {pattern}: no such shard: {some(missing) or 'nothing matches'}")
+    return paths
+
+
+def _samples(path: Path) -> dict[str, dict[str, _Member]]:
+    """Members of a shard by the name before the first dot, then by what follows."""
+    found: dict[str, dict[str, _Member]] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isfile():
+                    parent, _, base = member.name.rpartition("/")
+                    stem, _, extension = base.partition(".")
+                    place = _Member(path, member.name, member.offset_data, member.size)
+                    found.setdefault(f"{parent}/{stem}".lstrip("/"), {})[extension.lower()] = place
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as an uncompressed tar archive ({error})") from error
+    return found
+
+
+def _decoded(member: _Member) -> str:
+    try:
+        return member.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"caption {member.shard}/{member.name}: cannot be read as text in UTF-8") from error
+
+
+def _field(member: _Member, column: str) -> Any:
+    try:
+        return json.loads(_decoded(member))[column]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        where = f"{member.shard}/{member.name}"
+        raise UserError(f"{where}: must be an object with {column} (caption_column names another key)") from error
+
+
+# the package datasets
+
+
+def dataset(name: str, config: str | None, split: str, image_column: str, caption_column: str) -> Source:
+    """A data set of the package `datasets`: a folder written by `save_to_disk`, or whatever `load_dataset` finds.
+
+    Raises:
+        UserError: the package is not installed, or the set, its split or a column is not there.
+    """
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        raise UserError("dataset_name: needs the package datasets; try: pip install datasets") from error
+    saved = any((Path(name) / f).is_file() for f in ("state.json", "dataset_dict.json"))
+    try:
+        data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config)
+    except Exception as error:  # the package, pyarrow and the hub each have their own kinds
+        raise UserError(f"dataset_name {name}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    if isinstance(data, dict):
+        if split not in data:
+            raise UserError(f"dataset_name {name}: no split {split}; dataset_split is one of {', '.join(data)}")
+        data = data[split]
+    for key, column in (("image_column", image_column), ("caption_column", caption_column)):
+        if column not in data.column_names:
+            raise UserError(f"dataset_name {name}: no column {column}; {key} is one of {', '.join(data.column_names)}")
+    texts = [_captions(v, f"{name}, row {i}, {caption_column}") for i, v in enumerate(data[caption_column])]
+    files = data.cast_column(
+        image_column, datasets.Image(decode=False)
+    )  # as they were saved, for the hash and the modes
+    names = [f"{name}, row {i}" for i in range(len(texts))]
+
+    def read(i: int) -> bytes:
+        file = files[i][image_column]
+        try:
+            return file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
+        except (OSError, TypeError) as error:
+            raise Unusable(f"{names[i]}: cannot be read ({error})") from error
+
+    return Source(names, texts, read)

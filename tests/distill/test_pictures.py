@@ -1,0 +1,142 @@
+"""Files that cameras, scanners and editors write: the colours that were meant, or a refusal that names the file."""
+
+from __future__ import annotations
+
+import struct
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from fewstep.distill.pictures import Unusable, fitted, picture, size_ids, upright_size
+
+SIDE = (12, 8)  # width and height, as PIL has them
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def colour(data: bytes) -> np.ndarray:
+    """Mean colour of a file's picture, in 0..255."""
+    found = picture(data, "a file")
+    assert (found.mode, found.size) == ("RGB", SIDE)
+    return np.asarray(found).reshape(-1, 3).mean(0)
+
+
+def transparent_palette() -> bytes:
+    image = Image.new("P", SIDE, 1)
+    image.putpalette([0, 0, 255, 255, 0, 0])
+    return saved(image, "PNG", transparency=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        (saved(Image.new("L", SIDE, 51), "PNG"), (51, 51, 51)),
+        (saved(Image.new("1", SIDE, 1), "PNG"), (255, 255, 255)),
+        (saved(Image.new("CMYK", SIDE, (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
+        (saved(Image.new("CMYK", SIDE, (0, 0, 0, 255)), "TIFF"), (0, 0, 0)),
+        (saved(Image.new("RGBA", SIDE, (0, 255, 0, 0)), "PNG"), (255, 255, 255)),  # nothing on white
+        (saved(Image.new("RGBA", SIDE, (0, 0, 0, 128)), "WEBP", lossless=True), (127, 127, 127)),
+        (saved(Image.new("LA", SIDE, (0, 51)), "PNG"), (204, 204, 204)),
+        (transparent_palette(), (255, 255, 255)),
+        (saved(Image.new("RGB", SIDE, (255, 0, 0)).convert("P"), "GIF"), (255, 0, 0)),
+        (saved(Image.new("RGB", SIDE, (3, 2, 1)), "PNG", transparency=(3, 2, 1)), (255, 255, 255)),
+    ],
+    ids=["grey", "bilevel", "cmyk jpeg", "cmyk tiff", "clear", "half clear", "grey alpha", "palette", "gif", "key"],
+)
+def test_modes(data: bytes, wanted: tuple[int, ...]):
+    assert colour(data) == pytest.approx(wanted, abs=1.5)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits(kind: str):
+    """Value v of 65535 is v / 257 of 255; PIL's own conversion would make all but the first white."""
+    ramp = np.linspace(0, 65535, 12 * 8).round().astype(np.uint16).reshape(8, 12)
+    found = np.asarray(picture(saved(Image.fromarray(ramp), kind), "a file"))
+    for channel in range(3):
+        assert found[..., channel].tolist() == np.rint(ramp / 257).astype(int).tolist()
+
+
+def exchanged_profile() -> bytes:
+    """sRGB with red and blue exchanged: the names of two tags in its table, and another description."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    (count,) = struct.unpack(">I", data[128:132])
+    names = {b"rXYZ": b"bXYZ", b"bXYZ": b"rXYZ"}
+    for at in range(132, 132 + 12 * count, 12):
+        data[at : at + 4] = names.get(bytes(data[at : at + 4]), data[at : at + 4])
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "xRGB".encode("utf-16-be"))
+
+
+def test_an_embedded_profile_says_what_the_numbers_mean():
+    """Red of the profile is blue of sRGB; a broken one is passed over."""
+    red = Image.new("RGB", SIDE, (255, 0, 0))
+    assert colour(saved(red, "PNG", icc_profile=exchanged_profile())) == pytest.approx((0, 0, 255), abs=2)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"broken"):
+        assert colour(saved(red, "PNG", icc_profile=profile)).tolist() == [255, 0, 0]
+
+
+def frames(kind: str) -> bytes:
+    several = [Image.new("RGB", SIDE, (i, 0, 0)) for i in (0, 100, 200)]
+    return saved(several[0], kind, save_all=True, append_images=several[1:])
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_what_moves_is_refused(kind: str):
+    for look in (picture, upright_size):
+        with pytest.raises(Unusable, match=r"cat.x: has 3 frames or pages; a still image is needed"):
+            look(frames(kind), "cat.x")
+
+
+def test_a_photograph_with_a_preview_is_one_picture():
+    assert colour(frames("MPO")).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "cannot be read as an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot be read as an image"),
+        (saved(Image.new("RGB", (64, 64)), "BMP")[:-100], "cannot be read as an image"),
+        (saved(Image.fromarray(np.zeros((8, 12), np.float32)), "TIFF"), "32 bits a channel"),
+        (saved(Image.fromarray(np.zeros((8, 12), np.int32)), "TIFF"), "32 bits a channel"),
+    ],
+    ids=["empty", "svg", "torn", "float", "integer"],
+)
+def test_what_cannot_be_read_is_refused_by_name(data: bytes, why: str):
+    with pytest.raises(Unusable, match=rf"^deep/a.png: .*{why}"):
+        picture(data, "deep/a.png")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_is_that_of_the_upright_picture(orientation: int):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(Image.new("RGB", SIDE), "JPEG", exif=exif)
+    found = picture(data, "a")
+    assert upright_size(data, "a") == (found.height, found.width)
+    assert found.size == (SIDE if orientation < 5 else SIDE[::-1])
+
+
+def test_a_picture_is_not_enlarged_more_than_twice():
+    assert fitted(Image.new("RGB", (8, 100)), (16, 16), "a").shape == (3, 16, 16)
+    with pytest.raises(Unusable, match=r"^a: 7x100 pixels are too few for 16x16"):
+        fitted(Image.new("RGB", (7, 100)), (16, 16), "a")
+
+
+def test_size_ids_name_the_pixels_that_are_kept():
+    """30x40 into 10x20 is halved to 15x20; a bright square where the crop begins comes out in the corner."""
+    assert size_ids((30, 40), (10, 20)) == [30, 40, 2, 0, 10, 20]
+    assert size_ids((64, 64), (64, 64)) == [64, 64, 0, 0, 64, 64]
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    top, left = size_ids((20, 60), (20, 20))[2:4]
+    pixels[top : top + 4, left : left + 4] = 255
+    cropped = fitted(Image.fromarray(pixels), (20, 20), "a")
+    assert cropped[:, :4, :4].min() == 1
+    assert cropped.sum() == 3 * 16

@@ -1,0 +1,267 @@
+"""What ends a run early: each is made to happen, and none speaks on a run that is well."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fewstep.distill import checkpoint, run, safeguards
+from fewstep.distill.objectives.divergence import spread
+from fewstep.distill.run import train
+from fewstep.distill.safeguards import PATIENCE, CollapseAlarm, check_unmoved, checksums, preflight
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import denoiser_of, load
+from fewstep.samplers.plan import sample
+from tests.closed_form import vp
+from tests.distill.gaussian import Teacher, method, under_training
+from tests.distill.runs import config, metrics
+from tests.pipelines import tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
+
+PROMPTS = ["a cat", "a red apple"]
+OWN, CLIP = (None, None, None), (64, 64, 5)
+
+
+# preflight
+
+
+@pytest.fixture(scope="module")
+def sd() -> Denoiser:
+    return denoiser_of(tiny_stable_diffusion())
+
+
+@pytest.mark.parametrize(
+    ("build", "scale", "size"),
+    [
+        (lambda: tiny_stable_diffusion(prediction_type="v_prediction", zero_terminal_snr=True), 3.0, OWN),
+        (lambda: tiny_stable_diffusion(guidance_input=True), 3.0, OWN),
+        (lambda: tiny_stable_diffusion_3(dynamic_shift=True), 3.0, (32, 16, None)),
+        (lambda: tiny_wan(two_transformers=True), 3.0, CLIP),
+        (tiny_ddpm, 1.0, OWN),
+    ],
+    ids=["v", "guidance input", "flow", "clips", "pixels"],
+)
+def test_a_teacher_that_is_sampled_well(build: Callable[[], Any], scale: float, size: tuple, monkeypatch: Any):
+    """The stock pipeline is asked, and agrees; the pipeline's scheduler stays; the same spread as of the latents drawn."""
+    asked = []
+    stock = safeguards.stock_images
+    monkeypatch.setattr(safeguards, "stock_images", lambda *a, **k: asked.append(stock(*a, **k)) or asked[-1])
+    monkeypatch.setattr(safeguards, "CONSTANT", 0.0)  # random decoders
+    drawn = []
+    monkeypatch.setattr(safeguards, "sample", lambda *a: drawn.append(sample(*a)) or drawn[-1])
+    teacher = denoiser_of(build())
+    own = teacher.pipeline.scheduler
+    teacher = teacher.at(teacher.latent_shape(*size))
+    said: list[str] = []
+    found = preflight(teacher, PROMPTS, "blurry", scale, size, said.append)
+    assert (len(asked), said) == (1, [])
+    assert teacher.pipeline.scheduler is own
+    assert found == (None if size == CLIP else float(spread(drawn[0])))
+
+
+def wrong_guidance(teacher: Denoiser) -> None:
+    guided = teacher.guided_x0
+    teacher.guided_x0 = lambda x, t, c, scale, told=None: guided(x, t, c, 1.0, told)  # type: ignore[method-assign]
+
+
+def wrong_text(teacher: Denoiser) -> None:
+    encode = teacher.encode
+    teacher.encode = lambda prompts, negative="": encode(["another"] * len(prompts), negative)  # type: ignore[method-assign]
+
+
+def wrong_type(teacher: Denoiser) -> None:
+    teacher.noise = vp("v_prediction")
+
+
+def wrong_scale(teacher: Denoiser) -> None:
+    decode = teacher.to_images
+    teacher.to_images = lambda latents: decode(latents / 2)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("spoil", [wrong_guidance, wrong_text, wrong_type, wrong_scale])
+def test_a_teacher_that_fewstep_calls_wrongly(spoil: Callable[[Denoiser], None]):
+    teacher = denoiser_of(tiny_stable_diffusion())
+    spoil(teacher)
+    with pytest.raises(
+        UserError, match=r"differ from those of the stock StableDiffusionPipeline, by 0\.\d+ of the range"
+    ):
+        preflight(teacher, PROMPTS, "", 7.5)
+
+
+def test_a_teacher_of_one_colour():
+    """Its autoencoder answers grey whatever it is given, as one in the wrong precision or with lost weights does."""
+    teacher = denoiser_of(tiny_stable_diffusion())
+    last = teacher.pipeline.vae.decoder.conv_out
+    last.weight.data.zero_()
+    with pytest.raises(UserError, match=r"are of one colour \(pixels vary by 0 of the range\): look at its weights"):
+        preflight(teacher, PROMPTS, "", 3.0)
+    last.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="are not finite"):
+        preflight(teacher, PROMPTS, "", 3.0)
+
+
+def test_a_run_stops_before_its_first_step(tmp_path: Path):
+    """In one line, with nothing cached and nothing trained; the key lets it train all the same."""
+    settings = {"method": "dmd2", "train_data": None, "prompts": str(tmp_path / "prompts.txt"), "max_train_steps": 1}
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    teacher = denoiser_of(tiny_stable_diffusion())
+    wrong_scale(teacher)
+    with pytest.raises(UserError, match="differ from those of the stock"):
+        train(config(tmp_path, **settings), teacher=teacher)
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert len(metrics(train(config(tmp_path, preflight=False, **settings), teacher=teacher))) == 1
+
+
+def test_the_embedded_teacher_is_well():
+    """And more varied over the pixels than an image of one colour by far."""
+    teacher = load("embedded:emoji")
+    found = preflight(teacher, ["a furry animal on a blue background", "a fruit on a pink background"], "", 2.0)
+    assert found is not None
+    assert found > 0.2
+
+
+# collapse
+
+
+def gaussian(folder: Path, stuck: bool, **changes: Any) -> Any:
+    """DMD2 towards N(m, .9^2); `stuck`: the fake score is wider than the student's samples and never learns."""
+    teacher = Teacher(vp(), [0.3, -0.2], [0.9, 0.9])
+    rate = {"learning_rate": 0.03 if stuck else 0.005, "fake_score_learning_rate": 1e-12 if stuck else 0.02}
+    settings = {"method": "dmd2", "steps": [1], "guidance_scale": 1.0, "fake_score_updates": 1, "train_batch_size": 8}
+    made = method(folder, teacher, **settings, **rate, prompts="in memory", train_data=None, **changes)
+    made.student.denoiser.network.jump = True  # starts with the right spread
+    if stuck:
+        made.fake_score.denoiser.network.log_std.data += 0.5
+    trainer = under_training(folder, made, teacher, ["0"] * 8)
+    trainer.alarm.reference = 0.9  # the teacher's own
+    return trainer
+
+
+def test_a_student_that_collapses_is_stopped(tmp_path: Path):
+    """A fake score that does not follow drives every sample to the teacher's mode; what was written before is kept."""
+    trainer = gaussian(tmp_path, True, max_train_steps=200, checkpointing_steps=10, checkpoints_total_limit=3)
+    with pytest.raises(UserError) as caught:
+        trainer.run()
+    good = trainer.alarm.keep(tmp_path / "run/checkpoints")
+    assert good is not None
+    assert f"the last good checkpoint is {good}" in str(caught.value)
+    spreads = {line["iteration"]: line["student/spread"] for line in metrics(tmp_path / "run")}
+    at = int(good.name.removeprefix("step-"))
+    assert spreads[at] > safeguards.SHARE * 0.9  # of the student in that checkpoint
+    assert max(spreads[i] for i in list(spreads)[-PATIENCE:]) < safeguards.SHARE * 0.9
+    assert len(checkpoint.iterations(tmp_path / "run/checkpoints")) == 4  # it and the last three
+
+
+def test_a_student_that_learns_is_let_alone(tmp_path: Path):
+    """The same job with a fake score that follows; about as many iterations as the other lived."""
+    trainer = gaussian(tmp_path, False, max_train_steps=100, checkpointing_steps=100)
+    trainer.run()
+    assert trainer.alarm.low == 0
+
+
+def fed(alarm: CollapseAlarm, spreads: list[float], gap: float, start: int = 0) -> int | None:
+    """The iteration at which the alarm stops a run that logs these spreads."""
+    for i, value in enumerate(spreads, start + 1):
+        try:
+            alarm.look(i, {"student/spread": value, "student/gap": gap}, Path("none"))
+        except UserError:
+            return i
+    return None
+
+
+FELL = [1.0] * 50 + [0.0] * 100
+
+
+def test_when_the_alarm_speaks():
+    """After a fall to 0 the mean of 20 is under a quarter once 16 are low (4 of 20 are a fifth), for 20 updates then."""
+    assert fed(CollapseAlarm(1.0), FELL, 0.5) == 50 + 16 + PATIENCE - 1
+    # half the window still good, the oldest of it is of iteration 41
+    alarm = CollapseAlarm(1.0)
+    fed(alarm, FELL[:70], 0.5)
+    assert alarm.good == 41
+    assert fed(CollapseAlarm(1.0), [1.0] * 50 + [0.0] * 30 + [1.0] * 50, 0.5) is None  # 19 low ones, then it recovered
+
+
+@pytest.mark.parametrize(
+    ("spreads", "reference", "gap"),
+    [
+        (FELL, None, 0.5),  # nothing to compare with
+        ([0.0] * 200, 0.5, 0.5),  # batches of one row
+        ([0.02 * i for i in range(1, 50)], 0.5, 0.5),  # starts narrow, as one-step samples of a teacher are
+        ([14.0] * 50 + [0.7] * 200, 0.8, 0.5),  # starts wide: an epsilon teacher asked at pure noise
+        ([0.5] * 50 + [0.05] * 200, 0.5, 0.01),  # narrow and right: the scores agree
+    ],
+    ids=["no reference", "one row", "narrow start", "wide start", "scores agree"],
+)
+def test_when_the_alarm_does_not_speak(spreads: list[float], reference: float | None, gap: float):
+    assert fed(CollapseAlarm(reference), spreads, gap) is None
+
+
+def test_a_method_that_logs_no_spread_is_let_alone():
+    alarm = CollapseAlarm(1.0)
+    for i in range(200):
+        alarm.look(i, {"student/loss": 0.0}, Path("none"))
+    assert alarm.window == []
+
+
+def test_the_alarm_resumes_where_it_was():
+    whole, first, second = (CollapseAlarm(1.0) for _ in range(3))
+    assert fed(first, FELL[:60], 0.5) is None
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert fed(second, FELL[60:], 0.5, start=60) == fed(whole, FELL, 0.5)
+
+
+# the teacher's weights
+
+
+def test_a_teacher_that_moves_is_told(sd: Denoiser):
+    """By one bit of one weight; adapters and other precisions of the code do not count."""
+    before = checksums(sd)
+    assert checksums(sd) == before
+    check_unmoved(before, sd)
+    bits = sd.network.conv_in.weight.data.view(torch.int32)
+    bits[0, 0, 0, 0] ^= 1
+    with pytest.raises(
+        UserError, match=rf"1 of its {len(before)} weights changed during training, e.g. unet.conv_in.weight"
+    ):
+        check_unmoved(before, sd)
+    bits[0, 0, 0, 0] ^= 1
+    check_unmoved(before, sd)
+
+
+def test_exchanged_weights_are_another_teacher():
+    weight = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    network = torch.nn.Module()
+    network.weight = weight
+    teacher: Any = SimpleNamespace(networks={"unet": network})
+    before = checksums(teacher)
+    weight.data = weight.data[[1, 0, 2]]
+    assert checksums(teacher) != before
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_run_whose_teacher_moves_exports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    """Training itself never moves it: with adapters on it and beside copies the run ends well."""
+    settings = {"method": "dmd2", "train_data": None, "prompts": str(tmp_path / "prompts.txt"), "student": kind}
+    settings |= {"max_train_steps": 2, "train_batch_size": 2, "steps": [1]}
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    assert (train(config(tmp_path, **settings), teacher=denoiser_of(tiny_stable_diffusion())) / "student").is_dir()
+    teacher = denoiser_of(tiny_stable_diffusion())
+    trained = run.Trainer.run
+
+    def moving(self: Any) -> None:
+        trained(self)
+        next(p for k, p in teacher.network.named_parameters() if ".lora_" not in k).data += 1e-3
+
+    monkeypatch.setattr(run.Trainer, "run", moving)
+    with pytest.raises(UserError, match="changed during training"):
+        train(config(tmp_path, **settings, name="moved"), teacher=teacher)
+    assert not (tmp_path / "moved/student").exists()
+    assert (tmp_path / "moved/checkpoints/step-000002").is_dir()

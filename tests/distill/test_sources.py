@@ -1,0 +1,218 @@
+"""Where images with captions come from, and what is said of a folder, a shard or a data set that is not as it should be."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fewstep.distill.sources import Source, dataset, folder, shard_paths, source_of
+from fewstep.samplers.errors import UserError
+from tests.distill.runs import write_images
+
+
+def write_shard(path: Path, members: dict[str, bytes]) -> Path:
+    """An uncompressed tar archive."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, BytesIO(data))
+    return path
+
+
+def listing(path: Path, *rows: dict[str, Any]) -> None:
+    (path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def contents(source: Source) -> dict[str, tuple[bytes, tuple[str, ...]]]:
+    return {Path(n).name: (source.read(i), source.texts[i]) for i, n in enumerate(source.names)}
+
+
+def test_captions_in_a_list(tmp_path: Path):
+    """Beside the images it names, also below; several captions of one image; another key; the rest have a .txt."""
+    write_images(tmp_path, 3)
+    write_images(tmp_path / "deep", 1)
+    listing(tmp_path, {"file_name": "0.png", "text": " zero "}, {"file_name": "1.png", "text": ["one", "eins"]})
+    listing(tmp_path / "deep", {"file_name": "0.png", "text": "below"})
+    found = folder(tmp_path)
+    assert list(found.texts) == [("zero",), ("one", "eins"), ("thing 2",), ("below",)]
+    assert [found.read(i) for i in range(4)] == [
+        (tmp_path / n).read_bytes() for n in ("0.png", "1.png", "2.png", "deep/0.png")
+    ]
+    listing(tmp_path, {"file_name": "0.png", "title": "nought", "text": "zero"})
+    (tmp_path / "deep/metadata.jsonl").unlink()
+    assert folder(tmp_path, "title").texts[0] == ("nought",)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda p: listing(p, {"file_name": "none.png", "text": "a"}, {"file_name": "deep/no.png", "text": "a"}),
+            "train_data {p}: metadata.jsonl names 2 files that are not there: deep/no.png, none.png",
+        ),
+        (
+            lambda p: (p / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png"}'),
+            '{p}/metadata.jsonl, line 2: must be an object {{"file_name": ..., "text": ...}} (caption_column',
+        ),
+        (lambda p: (p / "metadata.jsonl").write_text("not JSON"), "{p}/metadata.jsonl, line 1: must be an object"),
+        (
+            lambda p: listing(p, {"file_name": "0.png", "text": 3}),
+            "{p}/metadata.jsonl, line 1: must be a caption, or a list of captions; got '3'",
+        ),
+        (
+            lambda p: (p / "photo.HEIC").write_bytes(b"x"),
+            "train_data {p}: 1 images lack a .txt caption, e.g. photo.HEIC",
+        ),
+    ],
+)
+def test_a_list_that_is_wrong(tmp_path: Path, spoil: Callable[[Path], Any], message: str):
+    write_images(tmp_path, 3)
+    spoil(tmp_path)
+    with pytest.raises(UserError) as caught:
+        folder(tmp_path)
+    assert str(caught.value).startswith(message.format(p=tmp_path))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two shards: captions as text, as JSON in either key; names with dots and folders, and files of other kinds."""
+    first = {
+        "a.png": b"A",
+        "a.txt": " one ",
+        "b/c.jpg": b"BC",
+        "b/c.json": '{"caption": "no", "text": ["two", "zwei"]}',
+    }
+    first |= {"a.seg.png": b"mask", "a.json": '{"text": "not this one"}'}
+    second = {"a.txt": b"three", "a.webp": b"x" * 1000}
+    for i, members in enumerate((first, second)):
+        data = {k: v.encode() if isinstance(v, str) else v for k, v in members.items()}
+        write_shard(tmp_path / f"set/{i + 8:03}.tar", data)
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.tar", "/{008..009}.tar", "/00[89].tar"])
+def test_shards(shards: Path, pattern: str):
+    """In the order of the names, whatever the members' own; each image is read at its place, in any order."""
+    found = source_of(f"{shards}{pattern}")
+    assert found.names == [f"{shards}/008.tar/a.png", f"{shards}/008.tar/b/c.jpg", f"{shards}/009.tar/a.webp"]
+    assert list(found.texts) == [("one",), ("two", "zwei"), ("three",)]
+    assert [found.read(i) for i in (2, 0, 1, 0)] == [b"x" * 1000, b"A", b"BC", b"A"]
+
+
+def test_one_shard_and_another_key(shards: Path):
+    (shards / "009.tar").unlink()
+    assert list(source_of(f"{shards}/008.tar", "caption").texts) == [("one",), ("no",)]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"a.png": b"A"}, r"1 samples are not an image with a caption: .*bad.tar/a \(no .txt, no .json\)"),
+        ({"a.txt": b"A", "b.cls": b"1"}, r"2 samples .*bad.tar/a \(0 images\), .*bad.tar/b \(0 images\)"),
+        ({"a.png": b"A", "a.jpg": b"A", "a.txt": b"A"}, r"1 samples .*a \(2 images\)"),
+        ({"a.png": b"A", "a.json": b"{}"}, r"bad.tar/a.json: must be an object with text \(caption_column"),
+        ({"a.png": b"A", "a.txt": b"\xff\xfe"}, r"caption .*bad.tar/a.txt: cannot be read as text in UTF-8"),
+        ({}, "no images in these shards"),
+    ],
+)
+def test_a_shard_that_is_wrong(tmp_path: Path, members: dict[str, bytes], message: str):
+    with pytest.raises(UserError, match=message):
+        source_of(str(write_shard(tmp_path / "bad.tar", members)))
+
+
+def test_a_shard_that_cannot_be_read(tmp_path: Path):
+    """Compressed, no archive, cut off while it was copied, far away, or not there."""
+    whole = write_shard(tmp_path / "whole.tar", {"a.txt": b"one", "a.png": b"x" * 5000}).read_bytes()
+    with tarfile.open(tmp_path / "packed.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "whole.tar", "a.png")
+    (tmp_path / "text.tar").write_bytes(b"text" * 500)
+    for name in ("packed.tar.gz", "text.tar"):
+        with pytest.raises(UserError, match=rf"{name}: cannot be read as an uncompressed tar archive"):
+            source_of(str(tmp_path / name))
+    (tmp_path / "whole.tar").write_bytes(whole[:4000])
+    with pytest.raises(UserError, match=r"whole.tar.*(ends before it|cannot be read)"):
+        source_of(str(tmp_path / "whole.tar")).read(0)
+    for pattern, message in [
+        ("https://host/{000..001}.tar", "must lie on this machine"),
+        (f"{tmp_path}/none-*.tar", "no such shard: nothing matches"),
+        (f"{tmp_path}/{{0..1}}.tar", r"no such shard: .*/0.tar, .*/1.tar"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            shard_paths(pattern)
+    with pytest.raises(UserError, match="no such folder"):
+        source_of(str(tmp_path / "none"))
+
+
+class Table:
+    """What a data set of the package does here: columns, rows, files as they were saved."""
+
+    def __init__(self, columns: dict[str, list[Any]], decoded: bool = True):
+        self.columns, self.decoded, self.column_names = columns, decoded, list(columns)
+
+    def cast_column(self, name: str, kind: Any) -> Table:
+        assert (name, kind.decode) == ("picture", False)
+        return Table(self.columns, decoded=False)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            assert self.decoded  # a column of captions: the whole of it
+            return self.columns[key]
+        assert not self.decoded  # never through the package's own decoder, which loses modes and bytes
+        return {k: v[key] for k, v in self.columns.items()}
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple]:
+    """The package `datasets`, in as far as it is used; notes how sets are asked for."""
+    (tmp_path / "1.png").write_bytes(b"second")
+    files = [{"bytes": b"first", "path": "a.png"}, {"bytes": None, "path": str(tmp_path / "1.png")}]
+    data = {"train": Table({"picture": files, "said": ["one", ["two", "zwei"]]})}
+    asked: list[tuple] = []
+    stub = SimpleNamespace(
+        Image=lambda decode: SimpleNamespace(decode=decode),
+        load_from_disk=lambda name: asked.append(("disk", name)) or data["train"],
+        load_dataset=lambda name, config: asked.append(("load", name, config)) or data,
+    )
+    monkeypatch.setitem(sys.modules, "datasets", stub)
+    return asked
+
+
+def test_a_data_set_of_the_package(package: list[tuple], tmp_path: Path):
+    """By name with its configuration and split, or from the folder of save_to_disk: bytes, or a path to them."""
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/state.json").write_text("{}")
+    for name in ("org/set", str(tmp_path / "saved")):
+        found = dataset(name, "small", "train", "picture", "said")
+        assert list(found.texts) == [("one",), ("two", "zwei")]
+        assert [found.read(i) for i in range(2)] == [b"first", b"second"]
+        assert found.names[1] == f"{name}, row 1"
+    assert package == [("load", "org/set", "small"), ("disk", str(tmp_path / "saved"))]
+
+
+@pytest.mark.parametrize(
+    ("split", "image", "caption", "message"),
+    [
+        ("test", "picture", "said", "dataset_name org/set: no split test; dataset_split is one of train"),
+        ("train", "image", "said", "no column image; image_column is one of picture, said"),
+        ("train", "picture", "text", "no column text; caption_column is one of picture, said"),
+    ],
+)
+def test_what_a_data_set_lacks(package: list[tuple], split: str, image: str, caption: str, message: str):
+    with pytest.raises(UserError, match=message):
+        dataset("org/set", None, split, image, caption)
+
+
+def test_the_package_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="needs the package datasets; try: pip install datasets"):
+        dataset("org/set", None, "train", "image", "text")
