@@ -69,7 +69,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     (home / "prompts.txt").write_text("a red apple\na cat\n")
     (home / "labels.txt").write_text("0\n207\n")
     return [
-        f"train_data={write_images(home / 'images', n=2)}",
+        f"train_data={write_images(home / 'images', n=2, side=64)}",
         f"prompts={home / 'prompts.txt'}",
         f"cache_dir={home / 'cache'}",
         *("max_train_steps=2", "train_batch_size=1", "gradient_accumulation_steps=1", "logging_steps=1"),
