@@ -80,6 +80,12 @@ PAPERS = {
         "SwiftBrush: One-Step Text-to-Image Diffusion Model with Variational Score Distillation",
         ("Thuan Hoang Nguyen", "Anh Tran"),
     ),
+    "tdm": (
+        "2503.06674",
+        "2025",
+        "Learning Few-Step Diffusion Models by Trajectory Distribution Matching",
+        ("Yihong Luo", "Tianyang Hu", "Jiacheng Sun", "Yujun Cai", "Jing Tang"),
+    ),
     "uni-instruct": (
         "2505.20755",
         "2025",
@@ -97,6 +103,7 @@ BEHIND: dict[str, tuple[str, ...]] = {
     "sid_fewstep": ("sid-few", "sid", "sid-lsg"),
     "sim": ("sim",),
     "swiftbrush": ("swiftbrush",),
+    "tdm": ("tdm",),
     "uni_instruct": ("uni-instruct",),
 }
 """Papers of each method, the first first."""

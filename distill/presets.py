@@ -11,11 +11,14 @@ from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_
 
 from fewstep.distill.train_config import TrainConfig
 
-Divergence = Literal["reverse_kl", "sid", "sim", "f_distill", "uni_instruct"]
+Divergence = Literal["reverse_kl", "huber_kl", "sid", "sim", "f_distill", "uni_instruct"]
+Explicit = ("reverse_kl", "huber_kl", "f_distill")
+"""Divergences whose direction on the sample needs no graph through teacher and fake score."""
 OfRatio = ("f_distill", "uni_instruct")
 """Divergences that weigh a sample by its density ratio, which a discriminator tells."""
 Discriminator = Literal["heads", "mean"]
 Weight = Literal["mean_gap", "alpha", "alpha_sigma", "none"]
+Policy = Literal["backward_simulation", "noised_data", "trajectory"]
 FakeScoreWeight = Literal["output", "epsilon", "alpha_epsilon"]
 
 
@@ -26,7 +29,7 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     weight: Weight = Field("mean_gap", description="of the divergence")
     sid_alpha: float = Field(1.0, description="alpha of SiD; 0.5 is half the Fisher divergence's gradient, 1 is SIM's")
     distance: Literal["pseudo_huber", "squared", "power"] = Field("pseudo_huber", description="of the scores in SIM")
-    huber_c: float = Field(1e-3, gt=0, description="of SIM's distance, in units of an element of the latents")
+    huber_c: float = Field(1e-3, gt=0, description="of sim's distance and huber_kl, in units of an element")
     distance_power: float = Field(1.0, gt=0, description="exponent of distance: power")
     f: Literal["rkl", "kl", "jf", "js", "sf", "pearson", "neyman", "sh"] = Field(
         "js", description="of f_distill and uni_instruct"
@@ -34,8 +37,10 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     exact_divergence: bool = Field(False, description="all terms of uni_instruct's gradient, or the published form")
     split_gradient: bool = Field(True, description="one network's graph at a time, for one more call of the fake score")
 
-    policy: Literal["backward_simulation", "noised_data"] = Field(
-        "backward_simulation", description="the student's inputs: from its own rollout, or real latents noised"
+    policy: Policy = Field(
+        "backward_simulation",
+        description="the student's inputs: its own rollout, real latents noised, or its own ODE steps, each compared "
+        "where it ends",
     )
     steps: list[PositiveInt] = Field(
         [4], min_length=1, description="step counts trained; one is drawn in each iteration"
@@ -48,6 +53,9 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     )
     min_level: float = Field(0.02, ge=0, lt=1, description="of the levels where scores are compared")
     max_level: float = Field(0.98, gt=0, le=1, validate_default=True)
+    level_margin: float = Field(
+        0.02, ge=0, lt=1, description="policy trajectory: least distance of the levels from where the step ends"
+    )
     weighting_scheme: Literal["none", "logit_normal"] = Field("none", description="of the levels; none: uniform")
     logit_mean: float = Field(0.0, description="of the logit of the level")
     logit_std: float = Field(1.0, gt=0)
@@ -74,6 +82,9 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     fake_score_weight: FakeScoreWeight = Field(
         "output", description="of its loss: on the raw output, a VP's v counted as epsilon, or alpha times that error"
     )
+    fake_score_target: Literal["exact", "x0_hat"] = Field(
+        "exact", description="at samples that keep noise: the exact one, or TDM's published regression, which is biased"
+    )
     fake_score_prompt_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of prompts emptied for the fake score's training alone"
     )
@@ -86,6 +97,35 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
                 f"fake_guidance_scale {used:g} must be fake_train_guidance_scale {trained:g} for divergence "
                 f"{self.divergence}, whose F - x0 needs the student's own denoiser; sid takes two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _noisy_points(self) -> DistributionMatchingConfig:
+        """What compares samples that keep noise can be had only in part."""
+        if self.policy != "trajectory":
+            if self.fake_score_target == "x0_hat":
+                raise ValueError("fake_score_target x0_hat is of policy trajectory; clean samples have one target")
+            return self
+        if self.divergence not in ("reverse_kl", "huber_kl") or self.gan_weight > 0:
+            what = f"divergence {self.divergence}" if self.gan_weight == 0 else "a GAN (gan_weight above 0)"
+            raise ValueError(
+                f"policy trajectory compares samples that keep noise, {what} clean ones; it takes divergence "
+                "reverse_kl or huber_kl, and gan_weight 0"
+            )
+        if len(self.steps) > 1:
+            raise ValueError(
+                f"policy trajectory trains one step count, got steps {self.steps}: from its first level a student "
+                "would have to step to several others, and is not told to which"
+            )
+        top, (count,) = self.init_level or 1.0, self.steps
+        for i in range(count):
+            start, to = top * (1 - i / count), top * (1 - (i + 1) / count)
+            low, high = max(self.min_level, to + self.level_margin), min(self.max_level, start)
+            if low >= high:
+                raise ValueError(
+                    f"no level is left to compare scores in step {i + 1} of {count}, from {start:.4g} to {to:.4g}: "
+                    f"min_level {self.min_level:g}, max_level {self.max_level:g}, level_margin {self.level_margin:g}"
+                )
         return self
 
     @property
@@ -194,12 +234,25 @@ class UniInstructConfig(DistributionMatchingConfig, frozen=True):
     adam_beta1: float = Field(0.0, ge=0, lt=1)
 
 
+class TDMConfig(DistributionMatchingConfig, frozen=True):
+    """Trajectory distribution matching: each step's end has the teacher's law at its level (arXiv:2503.06674)."""
+
+    method: Literal["tdm"]
+    divergence: Divergence = "huber_kl"
+    policy: Policy = "trajectory"
+    guidance_scale: float = 4.5
+    fake_score_updates: int = Field(1, ge=1)
+    adam_beta1: float = Field(0.0, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+
+
 PRESETS: dict[str, type[TrainConfig]] = {
     "dmd2": DMD2Config,
     "sid": SiDConfig,
     "sid_fewstep": SiDFewStepConfig,
     "sim": SIMConfig,
     "swiftbrush": SwiftBrushConfig,
+    "tdm": TDMConfig,
     "uni_instruct": UniInstructConfig,
 }
 """Config of each method of the family."""

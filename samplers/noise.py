@@ -72,15 +72,20 @@ class NoiseProcess(ABC):
         alpha, sigma = self.levels(t, x0)
         return alpha * x0 + sigma * eps
 
+    def kernel(self, s: Tensor, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of the forward kernel from level s up to t, broadcastable over `x`; see `renoise`."""
+        alpha_s, sigma_s = self.levels(s, x)
+        alpha_t, sigma_t = self.levels(t, x)
+        a = alpha_t / alpha_s
+        return a, (sigma_t.square() - (a * sigma_s).square()).clamp(min=0).sqrt()
+
     def renoise(self, x_s: Tensor, xi: Tensor, s: Tensor, t: Tensor) -> Tensor:
         r"""x_t from x_s at a lower level s < t by the forward kernel: :math:`a x_s + b \xi`.
 
         a = alpha_t / alpha_s, b^2 = sigma_t^2 - a^2 sigma_s^2; maps marginals of the process onto each other.
         """
-        alpha_s, sigma_s = self.levels(s, x_s)
-        alpha_t, sigma_t = self.levels(t, x_s)
-        a = alpha_t / alpha_s
-        return a * x_s + (sigma_t.square() - (a * sigma_s).square()).clamp(min=0).sqrt() * xi
+        a, b = self.kernel(s, t, x_s)
+        return a * x_s + b * xi
 
     def _pair(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """(a, b) with output = a x0 + b eps."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.noise import Flow
-from fewstep.samplers.rules import RULES, randn
+from fewstep.samplers.rules import RULES, clipped, randn
 
 if TYPE_CHECKING:
     from fewstep.samplers.condition import Condition
@@ -150,11 +150,9 @@ def sample(
             t, s = (d.noise.shift(torch.tensor(v, dtype=torch.float64)) for v in (step.level, step.to))
             told = None if step.told is None else d.noise.shift(torch.tensor(step.told, dtype=torch.float64))
             x0 = d.guided_x0(x, t, condition, step.guidance_scale, told)
-            if d.noise.clip_range is not None:
-                clipped = x0.clamp(-d.noise.clip_range, d.noise.clip_range)
-                if plan.rule != "sde":  # diffusers' DDIM keeps the noise of the unclipped prediction, its DDPM does not
-                    x = x + d.noise.levels(t, x)[0] * (clipped - x0)
-                x0 = clipped
+            kept, x0 = clipped(x, x0, t, d.noise)
+            if plan.rule != "sde":  # diffusers' DDIM keeps the noise of the unclipped prediction, its DDPM does not
+                x = kept
             if callback:
                 callback(i, x0)
             x = d.add_noise(*rule(x, x0, t, s, d.noise, z), random).float() if step.to > 0 else x0.float()

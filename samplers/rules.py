@@ -80,6 +80,14 @@ def same_noise(
     return alpha_s * x0 + sigma_s * z, 0.0
 
 
+def clipped(x_t: Tensor, x0: Tensor, t: Tensor, noise: NoiseProcess) -> tuple[Tensor, Tensor]:
+    """Both as a scheduler with `clip_sample` steps on: x0 in its range, x_t with the noise of the unclipped prediction."""
+    if noise.clip_range is None:
+        return x_t, x0
+    bound = x0.clamp(-noise.clip_range, noise.clip_range)
+    return x_t + noise.levels(t, x_t)[0] * (bound - x0), bound
+
+
 RULES = {"ode": ode, "consistency": consistency, "tcd": tcd, "sde": sde, "same_noise": same_noise}
 
 

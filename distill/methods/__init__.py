@@ -18,6 +18,7 @@ DISTILLERS = {
     "sid_fewstep": MATCHING,
     "sim": MATCHING,
     "swiftbrush": MATCHING,
+    "tdm": MATCHING,
     "uni_instruct": MATCHING,
 }
 

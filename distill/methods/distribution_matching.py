@@ -1,46 +1,39 @@
-"""The distribution matching family: DMD2, SiD, SIM, SwiftBrush and what lies between them; papers in `presets.py`.
+"""The distribution matching family: DMD2, SiD, SIM, SwiftBrush, TDM and what lies between them; papers in `presets.py`.
 
-The student makes a clean sample from its own rollout. Noised to a random level, two denoisers look at it: the teacher
-and a fake score that is trained online on the student's samples. A divergence between the two says where the sample
-should move. A method is a preset of parts: divergence and weight, policy, guidance of each score, a GAN or none.
+The student makes a sample from its own rollout, clean or at a lower level. Noised to a random level, two denoisers look
+at it: the teacher and a fake score that is trained online on the student's samples. A divergence between the two says
+where the sample should move. A method is a preset of parts: divergence and weight, policy, guidance of each score, a GAN
+or none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fewstep.distill.distiller import Batch, Distiller, Losses, Role
 from fewstep.distill.networks import Networks
-from fewstep.distill.objectives import adversarial, implicit
-from fewstep.distill.objectives.divergence import reverse_kl, sid, sim, spread, surrogate, weighted
+from fewstep.distill.objectives import adversarial, cost, implicit
+from fewstep.distill.objectives.divergence import huber, reverse_kl, sid, sim, spread, surrogate, weighted
 from fewstep.distill.objectives.f_divergence import density_ratio, uni_instruct, weights
+from fewstep.distill.objectives.fake_score import reweighted, subinterval_error, x0_hat_error
 from fewstep.distill.objectives.levels import even_levels, signal_lost, start_scale
-from fewstep.distill.objectives.policy import backward_simulation, drawn_step, noised_data
-from fewstep.distill.presets import DistributionMatchingConfig, OfRatio
+from fewstep.distill.objectives.policy import (
+    Draws,
+    Point,
+    backward_simulation,
+    drawn_step,
+    noised_data,
+    trajectory_draws,
+)
+from fewstep.distill.presets import DistributionMatchingConfig, Explicit, OfRatio
 from fewstep.distill.random import Rngs
 from fewstep.samplers.condition import Condition, concatenate, dropped
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.noise import expand
 from fewstep.samplers.plan import SamplingPlan, plan_of_levels
-
-
-@dataclass
-class Draws:
-    """The student's sample (B, ...), with a graph if it steps; a level (B,) and noise (B, ...) for each role's loss.
-
-    `conditions`: what each role is told, where some prompts were emptied; `scale` (B,): the teacher's guidance, where
-    it is drawn.
-    """
-
-    x0: Tensor
-    t: dict[str, Tensor] = field(default_factory=dict)
-    eps: dict[str, Tensor] = field(default_factory=dict)
-    conditions: dict[str, Condition] = field(default_factory=dict)
-    scale: Tensor | None = None
 
 
 class DistributionMatching(Distiller):
@@ -87,10 +80,14 @@ class DistributionMatching(Distiller):
         c, condition = self.config, batch.condition
         if c.prompt_dropout:
             condition = dropped(condition, rng.uniform("dropout") >= c.prompt_dropout)
-        draws = Draws(self.rollout(batch, rng, "student" in roles, condition))
+        if c.policy == "trajectory":
+            told = condition.with_guidance(self.guidance)
+            draws = trajectory_draws(self.student.denoiser, told, self.plan(c.steps[0]), rng, batch.shape, roles)
+        else:
+            draws = Draws(self.rollout(batch, rng, "student" in roles, condition))
         for role in roles:
             draws.conditions[role] = condition
-            draws.t[role] = self.noise.shift(self.level(role, rng))
+            draws.t[role] = self.noise.shift(self.level(role, rng, draws.points.get(role)))
             draws.eps[role] = rng.normal(f"{role} noise", batch.shape)
         for name in self.own_levels(roles):
             draws.t[name] = self.noise.shift(1 - rng.uniform(f"{name} level"))
@@ -102,14 +99,22 @@ class DistributionMatching(Distiller):
             draws.scale = c.guidance_scale + (c.guidance_scale_max - c.guidance_scale) * rng.uniform("guidance")
         return draws
 
-    def level(self, role: str, rng: Rngs) -> Tensor:
-        """Before the shift, (B,). The fake score must be right wherever it is asked: all levels but the clean one."""
+    def level(self, role: str, rng: Rngs, point: Point | None = None) -> Tensor:
+        """Before the shift, (B,). The fake score must be right wherever it is asked: at all levels above the sample's.
+
+        A step's end is compared within the step: there no other step's samples are, and one fake score serves them all.
+        """
         c = self.config
         if c.weighting_scheme == "logit_normal":
             u = (c.logit_mean + c.logit_std * rng.normal(f"{role} level", ())).sigmoid()
         else:
             u = 1 - rng.uniform(f"{role} level") if role == "fake_score" else rng.uniform(f"{role} level")
-        return u if role == "fake_score" else c.min_level + (c.max_level - c.min_level) * u
+        if point is None:
+            return u if role == "fake_score" else c.min_level + (c.max_level - c.min_level) * u
+        if role == "fake_score":
+            return point.to + (point.start - point.to) * u
+        low, high = (point.to + c.level_margin).clamp(min=c.min_level), point.start.clamp(max=c.max_level)
+        return low + (high - low) * u
 
     def own_levels(self, roles: list[str]) -> list[str]:
         """What heads look at, each at a level and with a noise of its own; others share those of the role's loss."""
@@ -137,12 +142,9 @@ class DistributionMatching(Distiller):
         condition = draws.conditions.get(role, batch.condition)
         assert condition is not None
         t, eps, x0 = draws.t[role], draws.eps[role], draws.x0.detach()
+        point = draws.points.get(role)
         if role == "fake_score":
-            x_t = self.noise.add(x0, eps, t)
-            told = condition.with_guidance(self.guidance)
-            output = self.fake_score.denoiser.guided_predict(x_t, t, told, self.config.fake_train_guidance_scale)
-            error = (output - self.noise.output(x0, eps, t)).square()
-            loss = self._fake_score_weighted(error, t).mean()
+            loss = self.denoising(x0, t, eps, condition, point).mean()
             yield Losses(loss, {"loss": loss.detach()})
             if self.discriminator is not None:
                 yield self.discrimination(self.discriminator, batch, draws, condition)
@@ -154,12 +156,26 @@ class DistributionMatching(Distiller):
             scalars["gan"] = adversarial.generator_loss(logits).mean()
             ratio = density_ratio(logits, t) if c.divergence in OfRatio else None
         scale = c.guidance_scale if draws.scale is None else draws.scale
-        d, r, f = self.direction(x0, t, eps, condition, scale, ratio)
+        d, r, f = self.direction(x0, t, eps, condition, scale, ratio, point)
         if g is not None:  # Diffusion-GAN has the divergence's weight
             d = d + c.gan_weight * (weighted(g, c.weight, x0, r, t, self.noise) if c.discriminator == "mean" else g)
         loss = surrogate(draws.x0, d)
         scalars |= {"spread": spread(x0), "gap": (f - r).abs().mean()}
         yield Losses(loss, {"loss": loss.detach(), **scalars})
+
+    def denoising(self, x0: Tensor, t: Tensor, eps: Tensor, condition: Condition, point: Point | None) -> Tensor:
+        """Squared errors of the fake score on the noised samples, weighted, (B, ...)."""
+        c = self.config
+        x_t = self.noise.add(x0, eps, t) if point is None else self.noise.renoise(point.x, eps, point.s, t)
+        told = condition.with_guidance(self.guidance)
+        output = self.fake_score.denoiser.guided_predict(x_t, t, told, c.fake_train_guidance_scale)
+        if point is not None and c.fake_score_target == "x0_hat":
+            return x0_hat_error(output, x_t, point.x0, eps, t, self.noise)
+        if point is None:
+            error = (output - self.noise.output(x0, eps, t)).square()
+        else:
+            error = subinterval_error(output, point.x, eps, point.s, t, self.noise)
+        return reweighted(error, t, self.noise, c.fake_score_weight)
 
     def discrimination(
         self, discriminator: adversarial.Discriminator, batch: Batch, draws: Draws, condition: Condition
@@ -206,15 +222,17 @@ class DistributionMatching(Distiller):
         condition: Condition,
         scale: float | Tensor,
         ratio: Tensor | None = None,
+        point: Point | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the divergence does to the sample, d; the teacher's x0, R; the fake score's, F. All without graph.
 
-        `ratio`: r of each sample, (B,), for an f-divergence; none: 1 everywhere.
+        `ratio`: r of each sample, (B,), for an f-divergence; none: 1 everywhere. `point`: what is noised in x0's place;
+        its step moves it along with x0, by a positive factor that d leaves out.
         """
         c = self.config
 
         def noised(x: Tensor) -> Tensor:
-            return self.noise.add(x, eps, t)
+            return self.noise.add(x, eps, t) if point is None else self.noise.renoise(point.x, eps, point.s, t)
 
         def teacher(x_t: Tensor) -> Tensor:
             return self.teacher.denoiser.guided_x0(x_t, t, condition, scale)
@@ -233,12 +251,14 @@ class DistributionMatching(Distiller):
                 value = uni_instruct(x, r, f, self.of_ratio(ratio, t), sigma / alpha, c.exact_divergence)
             return weighted(value, c.weight, x, r, t, self.noise)
 
-        if c.divergence not in ("reverse_kl", "f_distill"):
+        if c.divergence not in Explicit:
             return implicit.direction(potential, x0, noised, teacher, fake, c.split_gradient)
         with torch.no_grad():
             x_t = noised(x0)
             f, r = fake(x_t), teacher(x_t)
             d = reverse_kl(r, f)
+            if c.divergence == "huber_kl":
+                d = huber(d, c.huber_c)
             if c.divergence == "f_distill":
                 d = d * expand(self.of_ratio(ratio, t)[0], d)
             return weighted(d, c.weight, x0, r, t, self.noise), r, f
@@ -249,41 +269,21 @@ class DistributionMatching(Distiller):
         mean = h.mean()
         return h / mean, slope / mean, curve / mean
 
-    def _fake_score_weighted(self, error: Tensor, t: Tensor) -> Tensor:
-        """Squared errors of the output with the weight that makes them those of epsilon, or of alpha epsilon.
-
-        A VP's v is off by 1 / alpha times epsilon; a flow's velocity keeps its own scale.
-        """
-        c, alpha = self.config, expand(self.noise.alpha(t), error)
-        if c.fake_score_weight != "output" and self.noise.prediction_type == "v_prediction":
-            error = alpha.square() * error
-        return alpha.square() * error if c.fake_score_weight == "alpha_epsilon" else error
-
     @property
     def step_counts(self) -> tuple[int, ...]:
         return tuple(sorted(self.config.steps))
 
     def plan(self, steps: int) -> SamplingPlan:
-        """Even levels below the first by the consistency rule; the first input is c z, with or without sigma's factor."""
+        """Even levels below the first, by the consistency rule or as ODE steps; the first input is c z, c 1 or a sigma."""
         if steps not in self.config.steps:
             counts = ", ".join(map(str, self.step_counts))
             raise UserError(f"steps {steps}: this student was trained for {counts} steps")
         levels = even_levels(self.noise, steps, self.top)
-        return plan_of_levels(levels, rule="consistency", initial_scale=self.scale, embedded_guidance=self.guidance)
+        rule = "ode" if self.config.policy == "trajectory" else "consistency"
+        return plan_of_levels(levels, rule=rule, initial_scale=self.scale, embedded_guidance=self.guidance)
 
     def forwards(self) -> dict[str, dict[str, float]]:
         c = self.config
-        rollout = 0.0 if c.policy == "noised_data" else sum((k - 1) / 2 for k in c.steps) / len(c.steps)
-        teacher, fake, trained = (
-            1 if scale in (0, 1) else 2
-            for scale in (c.guidance_scale, c.fake_guidance_scale, c.fake_train_guidance_scale)
-        )
-        teacher = 2 if c.guidance_scale_max is not None else teacher
-        teacher = teacher if self.guidance is None else 1
-        explicit = c.divergence in ("reverse_kl", "f_distill")
-        scores = (teacher + fake, 0) if explicit else (c.split_gradient * fake, teacher + fake)
-        look = self.discriminator is not None  # a call that stops at the deepest block counts as one
-        graph = look and c.gan_weight > 0
-        trained += 2 * look
-        both = {"forward": rollout + scores[0] + look - graph, "backward": 1 + scores[1] + graph + trained}
-        return {"student and fake_score": both, "fake_score": {"forward": rollout + 1, "backward": trained}}
+        rollout = sum((k - 1) / 2 for k in c.steps) / len(c.steps)
+        rollout = {"noised_data": 0.0, "trajectory": float(c.steps[0])}.get(c.policy, rollout)
+        return cost.calls(c, rollout, self.guidance is not None, c.policy == "trajectory")

@@ -23,6 +23,11 @@ def reverse_kl(teacher_x0: Tensor, fake_x0: Tensor) -> Tensor:
     return fake_x0 - teacher_x0
 
 
+def huber(gap: Tensor, c: float) -> Tensor:
+    """gap / sqrt(gap^2 + c^2) of each element: the gradient of sqrt(e^2 + c^2) - c at x0 for the target x0 - gap (TDM)."""
+    return gap / (gap.square() + c * c).sqrt()
+
+
 def sid(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, alpha: float) -> Tensor:
     """Potential of SiD (arXiv:2404.04057), implicit: D ((R - x0) - alpha D) of each element, D = R - F.
 

@@ -1,11 +1,13 @@
 """Step policies: on which input the student is trained.
 
 A policy gives the input of the one call that has a graph, and the level of that call. It samples as the plan does, so
-that what is trained is what is used. What the call makes is compared at level 0 by all policies here; one whose steps
-end at a level s > 0 (trajectory matching, phases) would also say that level, and the method noises on from there.
+that what is trained is what is used. What the call makes is compared at level 0, or, where steps end at a level s > 0
+(`Point`), at the point that the `ode` rule reaches there; noising goes on from it.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +18,36 @@ from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.noise import NoiseProcess
 from fewstep.samplers.plan import SamplingPlan
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a step of the student makes, without graph: `x` at level `to`, from `x0` at level `start`.
+
+    x, x0: (B, ...). Levels before the shift, (B,), to < start; `s` is that of x after it.
+    """
+
+    x: Tensor
+    x0: Tensor
+    start: Tensor
+    to: Tensor
+    s: Tensor
+
+
+@dataclass
+class Draws:
+    """The student's x0 (B, ...), with a graph if it steps; a level (B,) and noise (B, ...) for each role's loss.
+
+    `points`: what each role's loss noises, where that is not x0 but a sample at a lower level. `conditions`: what each role is told, where some prompts were emptied; `scale` (B,): the teacher's guidance, where
+    it is drawn.
+    """
+
+    x0: Tensor
+    t: dict[str, Tensor] = field(default_factory=dict)
+    eps: dict[str, Tensor] = field(default_factory=dict)
+    points: dict[str, Point] = field(default_factory=dict)
+    conditions: dict[str, Condition] = field(default_factory=dict)
+    scale: Tensor | None = None
 
 
 def drawn_step(counts: list[int], rng: Rngs) -> tuple[int, int]:
@@ -52,3 +84,54 @@ def noised_data(x0: Tensor, plan: SamplingPlan, stop: int, rng: Rngs, noise: Noi
     """
     t = noise.shift(torch.tensor(plan.steps[stop].level, device=x0.device))
     return noise.add(x0, rng.normal("start", x0.shape[1:]), t), t
+
+
+@torch.no_grad()
+def trajectory(
+    student: Denoiser, condition: Condition, plan: SamplingPlan, rng: Rngs, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """The live student's own K steps by the `ode` rule (TDM): its states (K + 1, B, ...) and x0 predictions (K, B, ...).
+
+    State i is the input of step i, the last is the sample.
+    """
+    x = plan.initial_scale * rng.normal("start", shape)
+    states, predictions = [x], []
+    for step in plan.steps:
+        t, s = (student.noise.shift(torch.tensor(v, device=x.device)) for v in (step.level, step.to))
+        x0 = student.x0(x, t, condition)
+        x = jump(x, x0, t, s, student.noise)
+        states.append(x)
+        predictions.append(x0)
+    return torch.stack(states), torch.stack(predictions)
+
+
+def jump(x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, noise: NoiseProcess) -> Tensor:
+    """x_s by the `ode` rule, clipped as in sampling; levels after the shift, () or (B,)."""
+    return rules.ode(*rules.clipped(x_t, x0, t, noise), t, s, noise)[0]
+
+
+def chosen(states: Tensor, step: Tensor) -> Tensor:
+    """(B, ...) of states (K, B, ...): in row b that of step[b]."""
+    return states[step, torch.arange(len(step), device=step.device)]
+
+
+def trajectory_draws(
+    student: Denoiser, condition: Condition, plan: SamplingPlan, rng: Rngs, shape: tuple[int, ...], roles: list[str]
+) -> Draws:
+    """Where steps of the student's own trajectory end, for each role a step of its own in each row.
+
+    The fake score's are states of the trajectory; of the student's, the one call is made again with a graph.
+    """
+    states, predictions = trajectory(student, condition, plan, rng, shape)
+    starts, ends = (torch.tensor(v, device=states.device) for v in (plan.levels, [p.to for p in plan.steps]))
+    points = {}
+    for role in roles:
+        step = rng.integers(f"{role} step", 0, len(plan.steps))
+        start, to = starts[step], ends[step]
+        s = student.noise.shift(to)
+        points[role] = Point(chosen(states, step + 1), chosen(predictions, step), start, to, s)
+        if role == "student":
+            x_t, t = chosen(states, step), student.noise.shift(start)
+            x0 = student.x0(x_t, t, condition)
+            points[role] = Point(jump(x_t, x0.detach(), t, s, student.noise), x0, start, to, s)
+    return Draws(points[roles[0]].x0, points=points)

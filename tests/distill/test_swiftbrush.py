@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fewstep.distill.objectives.fake_score import reweighted
 from fewstep.distill.random import Rngs
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
@@ -65,5 +66,5 @@ def test_the_weight_on_epsilon(tmp_path: Path):
     for name, power in (("vp_v_zero_snr", 4), ("vp", 2)):
         made = exact(tmp_path, name, Laws(), method="swiftbrush")
         t = torch.tensor([0.4]).double()
-        weight = made._fake_score_weighted(torch.ones(1, 1, 1, 1).double(), t).item()
+        weight = reweighted(torch.ones(1, 1, 1, 1).double(), t, made.noise, made.config.fake_score_weight).item()
         assert weight == pytest.approx(made.noise.alpha(t).item() ** power, rel=1e-12)

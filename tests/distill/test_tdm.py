@@ -1,0 +1,455 @@
+"""TDM: where steps end, what they are compared with there, and what its fake score learns from samples that keep noise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.distill.config import ConfigError
+from fewstep.distill.methods.distribution_matching import DistributionMatching, Draws
+from fewstep.distill.networks import require_grad
+from fewstep.distill.objectives.fake_score import subinterval_error, x0_hat_error
+from fewstep.distill.objectives.policy import Point
+from fewstep.distill.random import Rngs
+from fewstep.samplers.load import denoiser_of
+from fewstep.samplers.noise import NoiseProcess
+from fewstep.samplers.plan import generators, sample
+from fewstep.samplers.rules import randn
+from fewstep.samplers.stock import stock
+from tests.closed_form import vp
+from tests.distill.exact import EPS, SHIFT, Laws, Z, exact, gaussian, prompts_of
+from tests.distill.gaussian import PROCESSES, Teacher, affine, calls, lora, method, under_training
+from tests.distill.runs import config
+from tests.distill.test_backward_simulation import Sequential
+from tests.pipelines import PROMPTS, tiny_ddpm, tiny_pixart, tiny_stable_diffusion, tiny_stable_diffusion_3
+
+ALL = PROCESSES | {"vp_sample": vp("sample")}
+MEAN, STD = [0.7, -0.4], [0.5, 1.3]
+
+
+def minimiser(error: Any, noise: NoiseProcess, t: Tensor, x_t: Tensor) -> float:
+    """The slope c of x0 = c x_t that minimises the mean of `error(output)`, a quadratic in c."""
+
+    def gradient(c: float) -> Tensor:
+        slope = torch.tensor(c).double().requires_grad_()
+        x0 = slope * x_t
+        (g,) = torch.autograd.grad(error(noise.output(x0, noise.eps_of_x0(x0, x_t, t), t)).mean(), slope)
+        return g
+
+    zero, one = gradient(0.0), gradient(1.0)
+    return float(zero / (zero - one))
+
+
+# the fake score's target
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, -0.6])
+@pytest.mark.parametrize("name", ALL)
+def test_the_exact_target_is_the_denoiser_of_any_law(name: str, rho: float):
+    """x_s = alpha_s x0 + sigma_s n, the two correlated: Tweedie's slope of x0 is (1 - sigma_t^2 / Var x_t) / alpha_t.
+
+    Eight points have all second moments of (x0, n, xi) exactly. As elements of one sample their means of xi^2 and of
+    the whole noise's square are 1 both where rho is 0 and else, so that TDM's importance weight is 1: its regression
+    has the slope Cov(x0, x_t) / Var x_t, another one wherever part of the noise is the student's.
+    """
+    noise = ALL[name]
+    a_, b_, xi = (
+        torch.tensor(v).double().reshape(1, 1, 2, 4) for v in zip(*product([1.0, -1.0], repeat=3), strict=True)
+    )
+    x0, n = 1.2 * a_, rho * a_ + (1 - rho**2) ** 0.5 * b_
+    for low, high in ((0.4, 0.7), (0.0, 0.3), (0.75, 0.98)):
+        s, t = (noise.shift(torch.tensor([v]).double()) for v in (low, high))
+        x_s = noise.add(x0, n, s)
+        x_t = noise.renoise(x_s, xi, s, t)
+        (alpha_s, sigma_s), (alpha, sigma) = noise.levels(s, x_s), noise.levels(t, x_s)
+        variance = x_t.square().mean()
+        found = minimiser(lambda o: subinterval_error(o, x_s, xi, s, t, noise), noise, t, x_t)  # noqa: B023
+        wanted = (1 - sigma**2 / variance) / alpha
+        assert found == pytest.approx(wanted.item(), rel=1e-8, abs=1e-10)
+        naive = minimiser(lambda o: x0_hat_error(o, x_t, x0, xi, t, noise), noise, t, x_t)  # noqa: B023
+        regression = alpha / alpha_s * 1.2 * (1.2 * alpha_s + rho * sigma_s) / variance
+        assert naive == pytest.approx(regression.item(), rel=1e-8)
+        assert (abs(naive - found) < 1e-8) is (low == 0 or rho == 0)
+
+
+def test_by_numbers():
+    """Flow, s = 0.4, t = 0.7, unit variances, rho = 0.5: Var x_s 0.76, a 0.5, b^2 0.45, Var x_t 0.64.
+
+    Tweedie's slope is (1 - 0.49 / 0.64) / 0.3 = 0.78125, that of x0_hat 0.5 (0.6 + 0.4 rho) / 0.64 = 0.625.
+    """
+    noise, rho = PROCESSES["flow"], 0.5
+    a_, b_, xi = (
+        torch.tensor(v).double().reshape(1, 1, 2, 4) for v in zip(*product([1.0, -1.0], repeat=3), strict=True)
+    )
+    s, t = torch.tensor([0.4]).double(), torch.tensor([0.7]).double()
+    x_s = noise.add(a_, rho * a_ + 0.75**0.5 * b_, s)
+    x_t = noise.renoise(x_s, xi, s, t)
+    assert minimiser(lambda o: subinterval_error(o, x_s, xi, s, t, noise), noise, t, x_t) == pytest.approx(0.78125)
+    assert minimiser(lambda o: x0_hat_error(o, x_t, a_, xi, t, noise), noise, t, x_t) == pytest.approx(0.625)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_targets_agree_on_clean_samples(name: str):
+    """At s = 0 the exact error is the plain one, and TDM's that of x0 with weight min(SNR, 5), whatever is predicted."""
+    noise = ALL[name]
+    x0, xi, output = (randn((4, 1, 2, 2), generators(range(i, i + 4))).double() for i in (0, 10, 20))
+    s, t = torch.zeros(4).double(), noise.shift(torch.tensor([0.05, 0.3, 0.6, 0.95]).double())
+    x_t = noise.renoise(x0, xi, s, t)
+    plain = (output - noise.output(x0, xi, t)).square()
+    assert torch.allclose(subinterval_error(output, x0, xi, s, t, noise), plain, rtol=1e-8)
+    alpha, sigma = noise.levels(t, x_t)
+    wanted = (alpha / sigma).square().clamp(max=5) * (noise.x0(output, x_t, t) - x0).square()
+    assert torch.allclose(x0_hat_error(output, x_t, x0, xi, t, noise), wanted, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_error_is_bounded_down_to_the_samples_own_level(name: str):
+    """In float32, at t = s and just above, where the variance of the unweighted target has no bound."""
+    noise = ALL[name]
+    x_s, xi, output = (randn((3, 1, 2, 2), generators(range(i, i + 3))) for i in (0, 10, 20))
+    s = torch.full((3,), 0.5)
+    t = s + torch.tensor([0.0, 1e-6, 1e-3])
+    assert subinterval_error(output, x_s, xi, noise.shift(s), noise.shift(t), noise).max() < 100
+
+
+# the student's gradient
+
+
+def point(made: DistributionMatching, x: Tensor, x0: Tensor, start: float, to: float) -> Point:
+    both = (torch.full((len(x),), v).double() for v in (start, to))
+    start_, to_ = both
+    return Point(x, x0, start_, to_, made.noise.shift(to_))
+
+
+def on_the_sample(made: DistributionMatching, x0: Tensor, t: Tensor, eps: Tensor, at: Point) -> Tensor:
+    """What the student's loss does to its x0, times the number of elements."""
+    x0 = x0.detach().clone().requires_grad_()
+    batch = prompts_of(made.teacher.denoiser, [str(SHIFT)] * len(x0))
+    draws = Draws(x0, {"student": t}, {"student": eps}, {"student": at})
+    (losses,) = made.loss("student", batch, draws, 0)
+    return torch.autograd.grad(losses.total, x0)[0] * x0.numel()
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_gradient_moments(name: str, tmp_path: Path):
+    """Compared point x_s = m + q z with its exact fake score, V = a^2 q^2 + b^2, teacher N(mu, S^2), v_t, v_s its deviations:
+
+    E[F - R] = (sigma_t^2 / alpha_s)(m - alpha_s mu) / v_t^2 and
+    E[(F - R) z] = (sigma_t^2 / alpha_t) a^3 q (q^2 - v_s^2) / (V v_t^2), zero at m = alpha_s mu and q = v_s alone.
+    The fake score of that law is the one of clean data N(m / alpha_s, (q^2 - sigma_s^2) / alpha_s^2).
+    """
+    laws = Laws()
+    made = exact(tmp_path, name, laws, method="tdm", divergence="reverse_kl", weight="none", guidance_scale=2.0)
+    mu = torch.tensor(laws.m + 2 * SHIFT).double()
+    z, eps = (v.reshape(4, 1, 1, 1) for v in (Z, EPS))
+    for to, high in ((0.5, 0.7), (0.75, 0.9), (0.0, 0.2)):
+        s, t = (made.noise.shift(torch.tensor(v).double()) for v in (to, high))
+        (alpha_s, sigma_s), (alpha, sigma) = ((made.noise.alpha(v), made.noise.sigma(v)) for v in (s, t))
+        v_s, v_t = ((a**2 * laws.S**2 + b**2).sqrt() for a, b in ((alpha_s, sigma_s), (alpha, sigma)))
+        for m, q in ((0.3, 1.2 * v_s), (alpha_s * mu, v_s)):
+            gaussian(made, m / alpha_s, ((q**2 - sigma_s**2) / alpha_s**2).sqrt())
+            x = m + q * z
+            d = on_the_sample(made, x, t.expand(4), eps, point(made, x, x, high, to)).flatten()
+            a = alpha / alpha_s
+            v = a**2 * q**2 + sigma**2 - a**2 * sigma_s**2
+            mean = sigma**2 / alpha_s * (m - alpha_s * mu) / v_t**2
+            slope = sigma**2 / alpha * a**3 * q * (q**2 - v_s**2) / (v * v_t**2)
+            assert torch.allclose(d.mean(), mean, rtol=1e-6, atol=1e-10)
+            assert torch.allclose((d * Z).mean(), slope, rtol=1e-6, atol=1e-10)
+            assert (d.abs().max() < 1e-9) == (q == v_s)
+
+
+def test_the_surrogate_is_tdms_huber_loss(tmp_path: Path):
+    """Gradient of mean[(sqrt((x0 - y)^2 + h^2) - h) / mean |x0 - R|], y = sg[x0 + R - F], by autograd on the formula."""
+    h = 0.05
+    made = exact(tmp_path, "flow", Laws(), method="tdm", huber_c=h, guidance_scale=1.0)
+    x0, x, eps = (randn((4, 1, 1, 1), generators(range(i, i + 4))).double() for i in (0, 10, 20))
+    t = torch.tensor([0.3, 0.35, 0.4, 0.45]).double()
+    at = point(made, x, x0, 0.5, 0.25)
+    found = on_the_sample(made, x0, t, eps, at) / x0.numel()
+    x_t = made.noise.renoise(x, eps, at.s, t)
+    condition = prompts_of(made.teacher.denoiser, [str(SHIFT)] * 4).condition
+    assert condition is not None
+    r, f = (role.denoiser.x0(x_t, t, condition).detach() for role in (made.teacher, made.fake_score))
+    leaf = x0.clone().requires_grad_()
+    w = (x0 - r).abs().mean((1, 2, 3), keepdim=True)
+    loss = ((((leaf - (x0 + r - f)).square() + h * h).sqrt() - h) / w).mean()
+    assert torch.allclose(found, torch.autograd.grad(loss, leaf)[0], rtol=1e-9)
+    assert found.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_fake_score_that_is_the_teacher_gives_exactly_nothing(kind: str, tmp_path: Path):
+    if kind == "full":
+        made = method(tmp_path, Teacher(PROCESSES["vp"], MEAN, STD), method="tdm", guidance_scale=1.0)
+        batch = prompts_of(made.teacher.denoiser, [str(SHIFT)] * 4)
+    else:
+        made = lora(tmp_path, tiny_stable_diffusion(), perturbed=False, method="tdm", guidance_scale=1.0)
+        batch = prompts_of(made.student.denoiser, PROMPTS * 2)
+    require_grad(made.roles(), ["student"])
+    draws = made.draw(batch, Rngs(0, 0, range(4)), 0, ["student", "fake_score"])
+    (losses,) = made.loss("student", batch, draws, 0)
+    assert losses.total.item() == 0
+    losses.total.backward()
+    assert all(p.grad is None or not p.grad.any() for p in made.student.parameters.values())
+
+
+# the trajectory
+
+
+def exact_steps(made: DistributionMatching, teacher: Teacher, shift: float) -> None:
+    """Make the student at level i / K what keeps the teacher's marginals: x_s = alpha_s mu + (v_s / v)(x - alpha mu).
+
+    By the corrections of its output, affine in x_t. With x0 = (x_s - (sigma_s / sigma) x) / (alpha_s - sigma_s alpha / sigma)
+    that is k = (v_s / v - sigma_s / sigma) / (alpha_s - sigma_s alpha / sigma); at first v and alpha mu are those of
+    sampling's own start.
+    """
+    noise, network, plan = made.noise, made.student.denoiser.network, made.plan(made.config.steps[0])
+    mu, std = teacher.mean + shift, teacher.std
+    for i, step in enumerate(plan.steps):
+        t, s = (noise.shift(torch.tensor(v)) for v in (step.level, step.to))
+        alpha, sigma, alpha_s, sigma_s = noise.alpha(t), noise.sigma(t), noise.alpha(s), noise.sigma(s)
+        v, v_s = ((a**2 * std**2 + b**2).sqrt() for a, b in ((alpha, sigma), (alpha_s, sigma_s)))
+        v, middle = (torch.full_like(v, plan.initial_scale), 0 * mu) if i == 0 else (v, alpha * mu)
+        x = torch.stack([torch.zeros(1, 1, 1), torch.ones(1, 1, 1)]).expand(2, *mu.shape)
+        x_s = alpha_s * mu + v_s / v * (x - middle)
+        x0 = (x_s - sigma_s / sigma * x) / (alpha_s - sigma_s * alpha / sigma)
+        wanted = noise.output(x0, noise.eps_of_x0(x0, x, t), t)
+        with torch.no_grad():
+            off = wanted - network(x, noise.model_time(t).expand(2), torch.full((2,), shift))
+            place = round(float(t) * (len(network.scale) - 1))
+            network.scale[place] += off[1] - off[0]
+            network.offset[place] += off[0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("name", ["vp", "vp_v_zero_snr", "flow", "edm"])
+def test_the_fixed_point(name: str, steps: int, tmp_path: Path):
+    """Steps with the gain k end exactly at alpha_s mu + v_s z: there, with the teacher's own score, nothing pulls.
+
+    Both are functions of the start's z; of the guided teacher 2, whose mean is 0.7 + 2 SHIFT.
+    """
+    teacher = Teacher(PROCESSES[name], MEAN, STD, side=2, knots=steps)
+    made = method(tmp_path, teacher, method="tdm", steps=[steps], guidance_scale=2.0, level_margin=0.0)
+    exact_steps(made, teacher, 2 * SHIFT)
+    batch, rng = prompts_of(teacher, [str(SHIFT)] * 40), Rngs(0, 0, range(40))
+    # the corrections were made at a shift of 2 SHIFT of the mean
+    batch.condition = teacher.encode([str(2 * SHIFT)] * 40)
+    draws = made.draw(batch, rng, 0, ["student", "fake_score"])
+    z = rng.normal("start", batch.shape)
+    for at in draws.points.values():
+        alpha, sigma = made.noise.levels(at.s, z)
+        mu, v = teacher.mean + 2 * SHIFT, (alpha**2 * teacher.std**2 + sigma**2).sqrt()
+        assert torch.allclose(at.x, alpha * mu + v * z, rtol=1e-3, atol=2e-3)
+        assert set(at.to.tolist()) == {i / steps for i in range(steps)}
+    network = made.fake_score.denoiser.network
+    batch.condition = teacher.encode([str(SHIFT)] * 40)
+    sizes = {}
+    for off in (0.0, 0.3):
+        with torch.no_grad():
+            network.mean.copy_(teacher.mean + 2 * SHIFT + off)
+            network.gain.zero_()
+        assert batch.condition is not None
+        at, t, eps = draws.points["student"], draws.t["student"], draws.eps["student"]
+        object.__setattr__(made.config, "weight", "none")
+        object.__setattr__(made.config, "divergence", "reverse_kl")
+        d, *_ = made.direction(at.x0, t, eps, batch.condition, 2.0, None, at)
+        sizes[off] = d.abs().max().item()
+    assert sizes[0.0] < 1e-4
+    assert sizes[0.3] > 1e-3
+
+
+@pytest.mark.parametrize("name", [*PROCESSES, "ddpm"])
+def test_the_trajectory_is_the_students_own_sampling(name: str, tmp_path: Path):
+    """From the noise that sampling starts from, x0 at every step is `plan.sample`'s; `ddpm` clips it between steps."""
+    if name == "ddpm":
+        made, prompts = lora(tmp_path, tiny_ddpm(clip_sample=True), method="tdm", steps=[3]), ["", ""]
+    else:
+        made = method(tmp_path, Teacher(PROCESSES[name], MEAN, STD, side=2), method="tdm", steps=[3])
+        prompts = [str(SHIFT), "1"]
+        with torch.no_grad():  # a student that is not its teacher
+            made.student.denoiser.network.scale += 0.05
+    student, seeds = made.student.denoiser, [3, 4]
+    batch = prompts_of(student, prompts)
+    assert batch.condition is not None
+    seen: list[Tensor] = []
+    last = sample(student, batch.condition, made.plan(3), seeds, callback=lambda i, x0: seen.append(x0.float()))
+    clip, steps = made.noise.clip_range, set()
+    for i in range(6):
+        rng = Sequential(seeds, 0)
+        rng.iteration = i  # other steps
+        draws = made.draw(batch, rng, i, ["student", "fake_score"])
+        for at in draws.points.values():
+            for row in range(2):
+                step = [round(s.level, 3) for s in made.plan(3).steps].index(round(at.start[row].item(), 3))
+                x0 = at.x0[row] if clip is None else at.x0[row].clamp(-clip, clip)
+                assert torch.allclose(x0, seen[step][row], rtol=1e-3, atol=1e-3)
+                if step == 2:
+                    assert torch.allclose(at.x[row], last[row], rtol=1e-3, atol=1e-3)
+                steps.add(step)
+    assert steps == {0, 1, 2}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_one_graph_and_the_declared_cost(kind: str, tmp_path: Path):
+    """K calls of the student without graph, one with; teacher guided and fake score without, the fake score's own with.
+
+    An iteration of the fake score alone needs no call of the student beyond the trajectory.
+    """
+    changes = {"method": "tdm", "steps": [3], "fake_score_updates": 2, "train_batch_size": 2}
+    if kind == "full":
+        teacher = Teacher(PROCESSES["flow"], MEAN, STD, side=1)
+        made = method(tmp_path, teacher, **changes)
+        trainer = under_training(tmp_path, made, teacher, [str(SHIFT)] * 4)
+    else:
+        made = lora(tmp_path, tiny_stable_diffusion(), **changes)
+        trainer = under_training(tmp_path, made, made.student.denoiser, PROMPTS * 2)
+    for i in range(4):
+        with calls(made) as seen:
+            trainer.step(i)
+        both = i % 2 == 0
+        assert made.updates(i) == (["student", "fake_score"] if both else ["fake_score"])
+        student = [c.graph for c in seen if c.role == "student"]
+        assert student == [False] * 3 + [True] * both
+        rows = {graph: sum(c.rows for c in seen if c.graph is graph) / 2 for graph in (False, True)}
+        declared = made.forwards()[" and ".join(made.updates(i))]
+        assert (rows[False], rows[True]) == (declared["forward"], declared["backward"])
+    assert made.forwards()["student and fake_score"] == {"forward": 3 + 2 + 1, "backward": 2}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_each_loss_reaches_its_own_role_alone(kind: str, tmp_path: Path):
+    """And the student through the one call alone: not through the trajectory, nor through the point that is compared."""
+    if kind == "full":
+        made = method(tmp_path, Teacher(PROCESSES["flow"], MEAN, STD), method="tdm")
+        batch = prompts_of(made.student.denoiser, [str(SHIFT)] * 2)
+    else:
+        made = lora(tmp_path, tiny_stable_diffusion(), method="tdm")
+        batch = prompts_of(made.student.denoiser, PROMPTS)
+    require_grad(made.roles(), ["student", "fake_score"])
+    draws = made.draw(batch, Rngs(0, 0, range(2)), 0, ["student", "fake_score"])
+    assert draws.x0.requires_grad
+    assert not any(p.x.requires_grad for p in draws.points.values())
+    for role in ("student", "fake_score"):
+        (losses,) = made.loss(role, batch, draws, 0)
+        losses.total.backward()
+        reached = {n: sum(p.grad is not None for p in r.parameters.values()) for n, r in made.roles().items()}
+        assert {n for n, count in reached.items() if count} == {role}
+        for p in made.roles()[role].parameters.values():
+            p.grad = None
+
+
+def test_levels_are_those_of_the_rows_own_step(tmp_path: Path):
+    """Student: from the margin above where the step ends up to its start; fake score: all of the step. Steps uniform."""
+    teacher = Teacher(PROCESSES["flow_shifted"], [0.0], [1.0], side=1)
+    made = method(tmp_path, teacher, method="tdm", level_margin=0.05)
+    draws = made.draw(prompts_of(teacher, [""] * 400), Rngs(0, 0, range(400)), 0, ["student", "fake_score"])
+    for role, margin in (("student", 0.05), ("fake_score", 0.0)):
+        at, u = draws.points[role], made.noise.unshift(draws.t[role])
+        low, high = at.to + margin, at.start.clamp(max=0.98 if role == "student" else 1.0)
+        share = (u - low) / (high - low)
+        assert share.min().item() == pytest.approx(0, abs=0.02)
+        assert share.max().item() == pytest.approx(1, abs=0.02)
+        assert (draws.t[role] > at.s).all()
+        assert torch.allclose(at.start - at.to, torch.tensor(0.25))
+        counts = (4 * at.to).round().long().bincount(minlength=4)
+        assert (counts - 100).abs().max() < 35  # four deviations
+    student, fake = (draws.points[r].to for r in ("student", "fake_score"))
+    assert abs(torch.corrcoef(torch.stack([student, fake]))[0, 1]) < 0.2
+
+
+# trained
+
+
+@pytest.mark.parametrize("name", ["flow", "vp_v_zero_snr"])
+def test_every_step_of_a_trained_student_ends_in_the_guided_teachers_law(name: str, tmp_path: Path):
+    """By Trainer, two channels, two steps, guided 2: mean and deviation within 10% of a deviation at 0.5 and at 0.
+
+    The start is the teacher's posterior mean, whose end is far too narrow.
+    """
+    teacher = Teacher(PROCESSES[name], MEAN, STD, knots=2)
+    settings = {
+        **{"method": "tdm", "steps": [2], "guidance_scale": 2.0, "huber_c": 0.1, "train_batch_size": 8},
+        **{"max_train_steps": 300, "lr_scheduler": "cosine", "learning_rate": 0.02, "fake_score_learning_rate": 0.03},
+        **{"logging_steps": 1000, "checkpointing_steps": 1000},
+    }
+    made = method(tmp_path, teacher, **settings)
+
+    def ends() -> list[Tensor]:
+        """Relative errors of mean and deviation where each step ends, exactly: affine steps keep the law Gaussian."""
+        mean, std, found = torch.zeros(2).double(), torch.ones(2).double(), []
+        for step in made.plan(2).steps:
+            gain, offset = affine(made.student.denoiser, step.level, str(SHIFT))
+            t, s = (made.noise.shift(torch.tensor(v).double()) for v in (step.level, step.to))
+            alpha, sigma, alpha_s, sigma_s = (f(v) for v in (t, s) for f in (made.noise.alpha, made.noise.sigma))
+            kept = sigma_s / sigma
+            mean, std = (
+                (alpha_s - kept * alpha) * (gain * mean + offset) + kept * mean,
+                ((alpha_s - kept * alpha) * gain + kept) * std,
+            )
+            mu = torch.tensor(MEAN) + 2 * SHIFT
+            v = (alpha_s**2 * torch.tensor(STD) ** 2 + sigma_s**2).sqrt()
+            found.append(torch.stack([(mean - alpha_s * mu) / v, std / v - 1]).abs().max())
+        return found
+
+    assert ends()[-1] > 0.5
+    under_training(tmp_path, made, teacher, [str(SHIFT)]).run()
+    assert max(ends()) < 0.1
+
+
+# what runs, and what does not
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": [1, 4]}, "trains one step count"),
+        ({"divergence": "sid"}, "it takes divergence reverse_kl or huber_kl"),
+        ({"gan_weight": 1e-3, "train_data": "x"}, "a GAN"),
+        ({"steps": [50]}, "no level is left to compare scores in step 1 of 50"),
+        ({"min_level": 0.3}, "in step 4 of 4, from 0.25 to 0"),
+        ({"policy": "backward_simulation", "fake_score_target": "x0_hat"}, "clean samples have one target"),
+    ],
+)
+def test_refused(changes: dict[str, Any], words: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=words):
+        config(tmp_path, **({"method": "tdm"} | changes))
+
+
+def test_the_published_target_is_an_option(tmp_path: Path):
+    """On one draw the two losses differ; on points at level 0 they differ by the weight of the error alone."""
+    found = {}
+    for target in ("exact", "x0_hat"):
+        made = exact(tmp_path, "flow", Laws(), method="tdm", fake_score_target=target)
+        batch = prompts_of(made.teacher.denoiser, [str(SHIFT)] * 4)
+        draws = made.draw(batch, Rngs(0, 0, range(4)), 0, ["fake_score"])
+        at = draws.points["fake_score"]
+        draws.points["fake_score"] = replace(at, x=at.x0 + 1)  # a point that its x0 does not determine
+        (losses,) = made.loss("fake_score", batch, draws, 0)
+        found[target] = losses.total.item()
+    assert found["exact"] != pytest.approx(found["x0_hat"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "top", "scheduler", "grid"),
+    [
+        (tiny_stable_diffusion, 0.9, "EulerDiscreteScheduler", {"timesteps": [899, 674, 449, 224]}),
+        (tiny_pixart, 0.9, "EulerDiscreteScheduler", {"timesteps": [899, 674, 449, 224]}),
+        (tiny_stable_diffusion_3, None, "FlowMatchEulerDiscreteScheduler", {"sigmas": [1.0, 0.75, 0.5, 0.25]}),
+    ],
+)
+def test_the_plan_in_plain_diffusers(pipeline: Any, top: float | None, scheduler: str, grid: dict, tmp_path: Path):
+    """TDM's published times, from N(0, I) at index 899, in a stock scheduler that steps as the plan does."""
+    teacher = denoiser_of(pipeline())
+    made = lora(tmp_path, teacher.pipeline, method="tdm", init_level=top)
+    plan = made.plan(4)
+    assert (plan.rule, plan.initial_scale, plan.nfe) == ("ode", 1, 4)
+    found, by_steps = stock(made.student.denoiser, {4: plan})
+    assert type(found).__name__ == scheduler
+    assert grid.items() <= by_steps[4].arguments.items()
