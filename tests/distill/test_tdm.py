@@ -146,7 +146,7 @@ def test_gradient_moments(name: str, tmp_path: Path):
     """
     laws = Laws()
     made = exact(tmp_path, name, laws, method="tdm", divergence="reverse_kl", weight="none", guidance_scale=2.0)
-    mu = torch.tensor(laws.m + 2 * SHIFT).double()
+    mu = torch.tensor(laws.m + 2 * SHIFT, dtype=torch.float64)
     z, eps = (v.reshape(4, 1, 1, 1) for v in (Z, EPS))
     for to, high in ((0.5, 0.7), (0.75, 0.9), (0.0, 0.2)):
         s, t = (made.noise.shift(torch.tensor(v).double()) for v in (to, high))
