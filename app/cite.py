@@ -49,6 +49,15 @@ PAPERS = {
             *("Frédo Durand", "William T. Freeman"),
         ),
     ),
+    "phased-dmd": (
+        "2510.27684",
+        "2025",
+        "Phased DMD: Few-step Distribution Matching Distillation via Score Matching within Subintervals",
+        (
+            *("Xiangyu Fan", "Zesong Qiu", "Zhuguanyu Wu", "Fanzhou Wang", "Zhiqian Lin", "Tianxiang Ren"),
+            *("Dahua Lin", "Ruihao Gong", "Lei Yang"),
+        ),
+    ),
     "sid": (
         "2404.04057",
         "2024",
@@ -98,6 +107,7 @@ PAPERS = {
 BEHIND: dict[str, tuple[str, ...]] = {
     "dmd2": ("dmd", "dmd2"),
     "lcm": ("cm", "lcm"),
+    "phased_dmd": ("phased-dmd", "dmd"),
     "pretrain": (),
     "sid": ("sid", "sid-lsg"),
     "sid_fewstep": ("sid-few", "sid", "sid-lsg"),

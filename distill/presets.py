@@ -18,7 +18,9 @@ OfRatio = ("f_distill", "uni_instruct")
 """Divergences that weigh a sample by its density ratio, which a discriminator tells."""
 Discriminator = Literal["heads", "mean"]
 Weight = Literal["mean_gap", "alpha", "alpha_sigma", "none"]
-Policy = Literal["backward_simulation", "noised_data", "trajectory"]
+Policy = Literal["backward_simulation", "noised_data", "trajectory", "phases"]
+Noisy = ("trajectory", "phases")
+"""Policies that compare samples at a level above 0."""
 FakeScoreWeight = Literal["output", "epsilon", "alpha_epsilon"]
 
 
@@ -42,6 +44,9 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
         description="the student's inputs: its own rollout, real latents noised, or its own ODE steps, each compared "
         "where it ends",
     )
+    phase_order: Literal["sequential", "alternating"] = Field(
+        "sequential", description="policy phases: one after the other, an equal share of the run each, or in turns"
+    )
     steps: list[PositiveInt] = Field(
         [4], min_length=1, description="step counts trained; one is drawn in each iteration"
     )
@@ -54,7 +59,10 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     min_level: float = Field(0.02, ge=0, lt=1, description="of the levels where scores are compared")
     max_level: float = Field(0.98, gt=0, le=1, validate_default=True)
     level_margin: float = Field(
-        0.02, ge=0, lt=1, description="policy trajectory: least distance of the levels from where the step ends"
+        0.02,
+        ge=0,
+        lt=1,
+        description="policies trajectory and phases: least distance of the levels from where the step ends",
     )
     weighting_scheme: Literal["none", "logit_normal"] = Field("none", description="of the levels; none: uniform")
     logit_mean: float = Field(0.0, description="of the logit of the level")
@@ -102,19 +110,19 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     @model_validator(mode="after")
     def _noisy_points(self) -> DistributionMatchingConfig:
         """What compares samples that keep noise can be had only in part."""
-        if self.policy != "trajectory":
+        if self.policy not in Noisy:
             if self.fake_score_target == "x0_hat":
                 raise ValueError("fake_score_target x0_hat is of policy trajectory; clean samples have one target")
             return self
         if self.divergence not in ("reverse_kl", "huber_kl") or self.gan_weight > 0:
             what = f"divergence {self.divergence}" if self.gan_weight == 0 else "a GAN (gan_weight above 0)"
             raise ValueError(
-                f"policy trajectory compares samples that keep noise, {what} clean ones; it takes divergence "
+                f"policy {self.policy} compares samples that keep noise, {what} clean ones; it takes divergence "
                 "reverse_kl or huber_kl, and gan_weight 0"
             )
         if len(self.steps) > 1:
             raise ValueError(
-                f"policy trajectory trains one step count, got steps {self.steps}: from its first level a student "
+                f"policy {self.policy} trains one step count, got steps {self.steps}: from its first level a student "
                 "would have to step to several others, and is not told to which"
             )
         top, (count,) = self.init_level or 1.0, self.steps
@@ -246,8 +254,19 @@ class TDMConfig(DistributionMatchingConfig, frozen=True):
     adam_beta2: float = Field(0.95, ge=0, lt=1)
 
 
+class PhasedDMDConfig(DistributionMatchingConfig, frozen=True):
+    """DMD in subintervals of the noise levels, a network of the teacher for each (arXiv:2510.27684)."""
+
+    method: Literal["phased_dmd"]
+    policy: Policy = "phases"
+    guidance_scale: float = 4.0
+    adam_beta1: float = Field(0.0, ge=0, lt=1)
+    adam_weight_decay: float = Field(0.01, ge=0)
+
+
 PRESETS: dict[str, type[TrainConfig]] = {
     "dmd2": DMD2Config,
+    "phased_dmd": PhasedDMDConfig,
     "sid": SiDConfig,
     "sid_fewstep": SiDFewStepConfig,
     "sim": SIMConfig,

@@ -13,6 +13,7 @@ MATCHING = "fewstep.distill.methods.distribution_matching:DistributionMatching"
 DISTILLERS = {
     "dmd2": MATCHING,
     "lcm": "fewstep.distill.methods.consistency:Consistency",
+    "phased_dmd": MATCHING,
     "pretrain": "fewstep.distill.methods.pretrain:Pretrain",
     "sid": MATCHING,
     "sid_fewstep": MATCHING,
@@ -33,4 +34,6 @@ def why_not(config: TrainConfig, backbone: type[Denoiser]) -> str | None:
     """Why a config's method trains no students of a backbone; None where it does, as LoRA and with full weights."""
     if backbone.clips and "images" in distiller(config.method).needs_of(config):
         return "needs clips for this teacher, and train_data has images only"
+    if getattr(config, "policy", None) == "phases" and len(backbone.network_names) < 2:
+        return "needs a teacher with a network for each phase, as Wan 2.2 has"
     return None

@@ -15,20 +15,13 @@ from torch import Tensor
 
 from fewstep.distill.distiller import Batch, Distiller, Losses, Role
 from fewstep.distill.networks import Networks
-from fewstep.distill.objectives import adversarial, cost, implicit
+from fewstep.distill.objectives import adversarial, cost, implicit, policy
 from fewstep.distill.objectives.divergence import huber, reverse_kl, sid, sim, spread, surrogate, weighted
 from fewstep.distill.objectives.f_divergence import density_ratio, uni_instruct, weights
 from fewstep.distill.objectives.fake_score import reweighted, subinterval_error, x0_hat_error
 from fewstep.distill.objectives.levels import even_levels, signal_lost, start_scale
-from fewstep.distill.objectives.policy import (
-    Draws,
-    Point,
-    backward_simulation,
-    drawn_step,
-    noised_data,
-    trajectory_draws,
-)
-from fewstep.distill.presets import DistributionMatchingConfig, Explicit, OfRatio
+from fewstep.distill.objectives.policy import Draws, Point, backward_simulation, drawn_step, noised_data
+from fewstep.distill.presets import DistributionMatchingConfig, Explicit, Noisy, OfRatio
 from fewstep.distill.random import Rngs
 from fewstep.samplers.condition import Condition, concatenate, dropped
 from fewstep.samplers.errors import UserError
@@ -65,12 +58,14 @@ class DistributionMatching(Distiller):
         self.top = even_levels(self.noise, 1, top)[0]  # of a table an entry
         t = self.noise.shift(torch.tensor(self.top, dtype=torch.float64))
         self.scale = float(self.noise.sigma(t)) if at_level else start_scale(self.noise)
+        phased = config.policy == "phases"
+        self.phases = policy.phases(self.student.denoiser, self.plan(config.steps[0])) if phased else [range(0)]
 
     def roles(self) -> dict[str, Role]:
         return {"teacher": self.teacher, "student": self.student, "fake_score": self.fake_score}
 
     def updates(self, iteration: int) -> list[str]:
-        since = iteration - self.config.fake_score_warmup_steps
+        _, since = policy.phase_of(iteration, len(self.phases), self.config)
         if since >= 0 and since % self.config.fake_score_updates == 0:
             return ["student", "fake_score"]
         return ["fake_score"]
@@ -80,9 +75,15 @@ class DistributionMatching(Distiller):
         c, condition = self.config, batch.condition
         if c.prompt_dropout:
             condition = dropped(condition, rng.uniform("dropout") >= c.prompt_dropout)
-        if c.policy == "trajectory":
-            told = condition.with_guidance(self.guidance)
-            draws = trajectory_draws(self.student.denoiser, told, self.plan(c.steps[0]), rng, batch.shape, roles)
+        if c.policy in Noisy:
+            told, plan = condition.with_guidance(self.guidance), self.plan(c.steps[0])
+            if c.policy == "trajectory":
+                draws = policy.trajectory_draws(self.student.denoiser, told, plan, rng, batch.shape, roles)
+            else:
+                number, _ = policy.phase_of(iteration, len(self.phases), c)
+                draws = policy.phase_draws(
+                    self.student.denoiser, told, plan, self.phases[number], rng, batch.shape, roles
+                )
         else:
             draws = Draws(self.rollout(batch, rng, "student" in roles, condition))
         for role in roles:
@@ -279,11 +280,13 @@ class DistributionMatching(Distiller):
             counts = ", ".join(map(str, self.step_counts))
             raise UserError(f"steps {steps}: this student was trained for {counts} steps")
         levels = even_levels(self.noise, steps, self.top)
-        rule = "ode" if self.config.policy == "trajectory" else "consistency"
+        rule = "ode" if self.config.policy in Noisy else "consistency"
         return plan_of_levels(levels, rule=rule, initial_scale=self.scale, embedded_guidance=self.guidance)
 
     def forwards(self) -> dict[str, dict[str, float]]:
         c = self.config
         rollout = sum((k - 1) / 2 for k in c.steps) / len(c.steps)
         rollout = {"noised_data": 0.0, "trajectory": float(c.steps[0])}.get(c.policy, rollout)
+        if c.policy == "phases":  # each a like share of the iterations
+            rollout = sum(sum(phase) / len(phase) for phase in self.phases) / len(self.phases)
         return cost.calls(c, rollout, self.guidance is not None, c.policy == "trajectory")

@@ -7,22 +7,26 @@ that what is trained is what is used. What the call makes is compared at level 0
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fewstep.distill.presets import DistributionMatchingConfig
 from fewstep.distill.random import Rngs
 from fewstep.samplers import rules
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
 from fewstep.samplers.noise import NoiseProcess
 from fewstep.samplers.plan import SamplingPlan
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a step of the student makes, without graph: `x` at level `to`, from `x0` at level `start`.
+    """What a step of the student makes, without graph: `x` at level `to`, by its `x0`; compared from there up to `start`.
 
     x, x0: (B, ...). Levels before the shift, (B,), to < start; `s` is that of x after it.
     """
@@ -63,13 +67,17 @@ def backward_simulation(
 ) -> tuple[Tensor, Tensor]:
     """Input of step `stop` (B, ...) and its level (): the live student's own rollout from pure noise (DMD2, section 4.4).
 
-    At stop = 0 it is c z, exactly what sampling starts from: c = 1, or sigma of the level for SiD.
+    At stop = 0 it is c z, exactly what sampling starts from: c = 1, or sigma of the level for SiD. By the plan's rule,
+    `consistency` or `ode`.
     """
     noise = student.noise
     x = plan.initial_scale * rng.normal("start", shape)
     for i, step in enumerate(plan.steps[:stop]):
         t, s = (noise.shift(torch.tensor(v, device=x.device)) for v in (step.level, step.to))
         x0 = student.x0(x, t, condition)
+        if plan.rule == "ode":
+            x = jump(x, x0, t, s, noise)
+            continue
         if noise.clip_range is not None:  # as sampling does
             x0 = x0.clamp(-noise.clip_range, noise.clip_range)
         mean, std = rules.consistency(x, x0, t, s, noise)
@@ -135,3 +143,53 @@ def trajectory_draws(
             x0 = student.x0(x_t, t, condition)
             points[role] = Point(jump(x_t, x0.detach(), t, s, student.noise), x0, start, to, s)
     return Draws(points[roles[0]].x0, points=points)
+
+
+def phases(student: Denoiser, plan: SamplingPlan) -> list[range]:
+    """Steps of the plan that one of the student's networks takes, for each network; UserError where all are one's."""
+    levels = student.noise.shift(torch.tensor(plan.levels, dtype=torch.float64))
+    taken = [next(iter(student.route(student.noise.model_time(t)[None]))) for t in levels]
+    edges = [0, *(i for i in range(1, len(taken)) if taken[i] != taken[i - 1]), len(taken)]
+    if len(edges) == 2:
+        raise UserError(
+            f"policy phases: all levels of {len(taken)} steps are those of one network; it needs one for each phase, as "
+            "Wan 2.2 has, and phases as LoRAs of one network are not there"
+        )
+    return [range(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def phase_of(iteration: int, count: int, config: DistributionMatchingConfig) -> tuple[int, int]:
+    """Number of the phase that an iteration trains, and the iterations since its fake score's warm-up; one phase: 0.
+
+    A function of the iteration alone, so that resume has nothing to carry: an equal share of the run each, with a
+    warm-up of its own, or in turns, one of the student's at a time.
+    """
+    c = config
+    if c.phase_order == "sequential":
+        number = min(iteration * count // c.max_train_steps, count - 1)
+        return number, iteration - math.ceil(number * c.max_train_steps / count) - c.fake_score_warmup_steps
+    since = iteration - c.fake_score_warmup_steps
+    return since // c.fake_score_updates % count, since
+
+
+def phase_draws(
+    student: Denoiser,
+    condition: Condition,
+    plan: SamplingPlan,
+    phase: range,
+    rng: Rngs,
+    shape: tuple[int, ...],
+    roles: list[str],
+) -> Draws:
+    """A jump to the end of a phase, from one of its steps that is drawn once for all samples (Phased DMD).
+
+    Its input is the student's own ODE rollout, through the networks of the phases before, without graph.
+    """
+    step = phase.start + int(torch.randint(len(phase), (1,), generator=rng.shared("step")))
+    x, t = backward_simulation(student, condition, plan, step, rng, shape)
+    with torch.set_grad_enabled("student" in roles):
+        x0 = student.x0(x, t, condition)
+    start, to = (torch.full((len(x),), v, device=x.device) for v in (plan.levels[phase[0]], plan.steps[phase[-1]].to))
+    s = student.noise.shift(to)
+    point = Point(jump(x, x0.detach(), t, s, student.noise), x0.detach(), start, to, s)
+    return Draws(x0, points=dict.fromkeys(roles, point))

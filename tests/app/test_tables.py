@@ -31,11 +31,12 @@ def test_backbones(fewstep: Callable[..., Answer]):
     assert table.keys() == FAMILIES.keys()
     assert table["WanPipeline"]["networks"] == "transformer, transformer_2"
     assert table["WanPipeline"]["methods"].startswith("all; not lcm, ")
-    assert "dmd2" not in table["WanPipeline"]["methods"]
-    assert {row["methods"] for name, row in table.items() if name != "WanPipeline"} == {"all"}
+    assert "dmd" not in table["WanPipeline"]["methods"]
+    assert {row["methods"] for name, row in table.items() if name != "WanPipeline"} == {"all; not phased_dmd"}
     fused = {name for name, row in table.items() if row["students"] == "LoRA*, full"}
     assert fused == {f"{n}Pipeline" for n in ("ConsistencyModel", "DDPM", "DiT", "PixArtAlpha", "PixArtSigma")}
     printed = fewstep("backbones").out
     assert all(name in printed for name in FAMILIES)
     assert all(line in printed for line in remarks())
     assert any("not lcm" in line and "needs clips" in line for line in remarks())
+    assert "not phased_dmd: needs a teacher with a network for each phase, as Wan 2.2 has" in remarks()

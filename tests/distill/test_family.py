@@ -34,8 +34,8 @@ def direction(folder: Path, **changes: Any) -> Tensor:
 
 
 def test_presets_differ(tmp_path: Path):
-    """Of any two the directions are not even parallel."""
-    found = {name: direction(tmp_path, method=name, **ONE) for name in PRESETS}
+    """Of any two the directions are not even parallel. Phased DMD's is DMD's, at other points (tests/distill/test_phased_dmd.py)."""
+    found = {name: direction(tmp_path, method=name, **ONE) for name in PRESETS if name != "phased_dmd"}
     for one, other in combinations(found, 2):
         assert torch.cosine_similarity(found[one].flatten(), found[other].flatten(), 0) < 0.999, (one, other)
 

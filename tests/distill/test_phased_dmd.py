@@ -1,0 +1,182 @@
+"""Phased DMD: a network for each phase, jumps to its end, whose turn it is, and what stands still meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.distill.config import ConfigError
+from fewstep.distill.methods import why_not
+from fewstep.distill.methods.distribution_matching import DistributionMatching
+from fewstep.distill.networks import require_grad
+from fewstep.distill.objectives.policy import phase_of, phases
+from fewstep.distill.random import Rngs
+from fewstep.samplers.denoisers.stable_diffusion import StableDiffusion
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import denoiser_of
+from fewstep.samplers.noise import NoiseProcess
+from fewstep.samplers.plan import uniform_plan
+from tests.distill.exact import SHIFT, prompts_of
+from tests.distill.gaussian import PROCESSES, Network, Teacher, calls, method, under_training
+from tests.distill.runs import config
+from tests.pipelines import tiny_wan
+
+MEAN, STD = [0.7, -0.4], [0.5, 1.3]
+
+
+class Experts(Teacher):
+    """Two networks: "high" takes the levels above 0.5, "low" the rest."""
+
+    def __init__(self, noise: NoiseProcess, mean: list[float], std: list[float], side: int = 1, knots: int = 4):
+        super().__init__(noise, mean, std, side, knots)
+        one = (len(mean), 1, 1)
+        self.networks = {n: Network(noise, self.mean, self.std, knots, one) for n in ("high", "low")}
+
+    def route(self, time: Tensor) -> dict[str, Tensor]:
+        high = self.noise.from_model_time(time) > 0.501
+        sides = {"high": high.nonzero()[:, 0], "low": (~high).nonzero()[:, 0]}
+        return {name: rows for name, rows in sides.items() if len(rows)}
+
+
+def phased(folder: Path, name: str = "flow", **changes: Any) -> DistributionMatching:
+    made = method(folder, Experts(PROCESSES[name], MEAN, STD), **({"method": "phased_dmd"} | changes))
+    assert isinstance(made, DistributionMatching)
+    return made
+
+
+def test_phases_are_the_steps_of_each_network():
+    """Wan 2.2, boundary 0.9, shift 3: levels 1 and 0.9 are the first transformer's, 0.75 and 0.5 the second's."""
+    assert phases(Experts(PROCESSES["flow"], MEAN, STD), uniform_plan(4)) == [range(0, 2), range(2, 4)]
+    wan = tiny_wan(two_transformers=True)
+    assert phases(denoiser_of(wan), uniform_plan(4)) == [range(0, 2), range(2, 4)]
+    assert phases(denoiser_of(wan), uniform_plan(3)) == [range(0, 1), range(1, 3)]
+
+
+def test_one_network_is_refused(tmp_path: Path):
+    """A backbone that has never two, by its class; one that has one here, by its levels."""
+    made = config(tmp_path, method="phased_dmd")
+    assert "a network for each phase" in str(why_not(made, StableDiffusion))
+    with pytest.raises(UserError, match="all levels of 4 steps are those of one network"):
+        method(tmp_path, Teacher(PROCESSES["flow"], MEAN, STD), method="phased_dmd")
+    with pytest.raises(ConfigError, match="policy phases trains one step count"):
+        config(tmp_path, method="phased_dmd", steps=[2, 4])
+
+
+def test_whose_turn_it_is(tmp_path: Path):
+    """Sequential: half the run each, a warm-up of the fake score at the start of both; else the student's turns by turns."""
+    settings = {"method": "phased_dmd", "max_train_steps": 10, "fake_score_updates": 2, "fake_score_warmup_steps": 1}
+    one = config(tmp_path, **settings)
+    found = [phase_of(i, 2, one) for i in range(10)]  # type: ignore[arg-type]
+    assert found == [(0, -1), (0, 0), (0, 1), (0, 2), (0, 3), (1, -1), (1, 0), (1, 1), (1, 2), (1, 3)]
+    turns = config(tmp_path, **settings, phase_order="alternating")
+    found = [phase_of(i, 2, turns)[0] for i in range(1, 9)]  # type: ignore[arg-type]
+    assert found == [0, 0, 1, 1, 0, 0, 1, 1]
+    made = phased(tmp_path, max_train_steps=10, fake_score_updates=2, fake_score_warmup_steps=1)
+    both, alone = ["student", "fake_score"], ["fake_score"]
+    assert [made.updates(i) for i in range(10)] == [alone, both, alone, both, alone] * 2
+
+
+@pytest.mark.parametrize("name", ["flow", "vp", "edm"])
+def test_a_jump_goes_to_the_phases_end(name: str, tmp_path: Path):
+    """From both of its steps by the ode rule, though sampling stops between; earlier steps are sampling's.
+
+    Levels of both roles: within the phase, above the margin for the student's.
+    """
+    made = phased(tmp_path, name, max_train_steps=40, fake_score_updates=1)
+    with torch.no_grad():  # a student that is not its teacher, a different one in each phase
+        made.student.denoiser.networks["high"].scale += 0.05
+        made.student.denoiser.networks["low"].scale -= 0.05
+    batch = prompts_of(made.teacher.denoiser, [str(SHIFT)] * 8)
+    noise, student, plan = made.noise, made.student.denoiser, made.plan(4)
+    assert batch.condition is not None
+    seen = set()
+    for i in range(40):
+        rng = Rngs(0, i, range(8))
+        with calls(made) as called:
+            draws = made.draw(batch, rng, i, ["student", "fake_score"])
+        stop, to = len(called) - 1, 0.5 if i < 20 else 0.0
+        x = plan.initial_scale * rng.normal("start", batch.shape)
+        for k, step in enumerate(plan.steps[: stop + 1]):
+            t, s = (torch.tensor(v) for v in (step.level, to if k == stop else step.to))
+            x0 = student.x0(x, t, batch.condition)
+            x = noise.add(x0, noise.eps_of_x0(x0, x, t), s)
+        for role, margin in (("student", 0.02), ("fake_score", 0.0)):
+            at = draws.points[role]
+            assert torch.allclose(at.x, x, rtol=1e-4, atol=1e-4)
+            assert (at.to == to).all()
+            assert (at.start == to + 0.5).all()
+            assert (draws.t[role] > to + margin - 1e-6).all()
+            assert (draws.t[role] <= to + 0.5).all()
+        seen.add((to, stop))
+    assert seen == {(0.5, 0), (0.5, 1), (0.0, 2), (0.0, 3)}
+
+
+def test_the_other_phases_networks_stand_still(tmp_path: Path):
+    """Of student and fake score, without a gradient and through the optimiser; each is trained in its own phase."""
+    teacher = Experts(PROCESSES["flow"], MEAN, STD)
+    made = phased(tmp_path, max_train_steps=4, fake_score_updates=1, train_batch_size=2)
+    trainer = under_training(tmp_path, made, teacher, [str(SHIFT)] * 2)
+    trained = {0: "high", 1: "high", 2: "low", 3: "low"}
+    for i, network in trained.items():
+        before = {
+            (role, k): p.detach().clone()
+            for role in ("student", "fake_score")
+            for k, p in made.roles()[role].parameters.items()
+        }
+        trainer.step(i)
+        moved = {
+            (role, k.split(".")[0])
+            for (role, k), value in before.items()
+            if not torch.equal(value, made.roles()[role].parameters[k])
+        }
+        # the student's first step is nothing: fake score and teacher are still one up to guidance
+        assert moved <= {("student", network), ("fake_score", network)}
+        assert ("fake_score", network) in moved
+        assert ("student", network) in moved
+
+
+def test_at_the_last_phase_it_is_dmd(tmp_path: Path):
+    """s = 0: the student's loss and the fake score's are DMD2's on the same draws (the unified view)."""
+    made = phased(tmp_path, max_train_steps=2, fake_score_updates=1)
+    with torch.no_grad():
+        for network in made.fake_score.denoiser.networks.values():
+            network.mean += 0.2
+    batch = prompts_of(made.teacher.denoiser, [str(SHIFT)] * 8)
+    require_grad(made.roles(), ["student"])
+    draws = made.draw(batch, Rngs(0, 1, range(8)), 1, ["student", "fake_score"])
+    assert (draws.points["student"].s == 0).all()
+    found = {}
+    for points in (draws.points, {}):
+        draws.points = points
+        for role in ("student", "fake_score"):
+            (losses,) = made.loss(role, batch, draws, 1)
+            found[role, bool(points)] = losses.total.item()
+    for role in ("student", "fake_score"):
+        assert found[role, True] == pytest.approx(found[role, False], rel=1e-5)
+        assert found[role, True] > 1e-6
+
+
+@pytest.mark.parametrize("order", ["sequential", "alternating"])
+def test_cost_is_as_declared(order: str, tmp_path: Path):
+    """Rows in an iteration less the rollout's, whose stop is drawn; that is 0 or 1 calls in the first phase, 2 or 3 then."""
+    changes = {"max_train_steps": 8, "fake_score_updates": 2, "train_batch_size": 2, "phase_order": order}
+    teacher = Experts(PROCESSES["flow"], MEAN, STD)
+    made = phased(tmp_path, **changes)
+    assert made.forwards()["student and fake_score"] == {"forward": 1.5 + 2 + 1, "backward": 2}
+    trainer = under_training(tmp_path, made, teacher, [str(SHIFT)] * 2)
+    for i in range(8):
+        with calls(made) as seen:
+            trainer.step(i)
+        number, _ = phase_of(i, 2, made.config)
+        student = [c.graph for c in seen if c.role == "student"]
+        assert student[:-1] == [False] * (len(student) - 1)
+        assert student[-1] is ("student" in made.updates(i))
+        assert len(student) - 1 in made.phases[number]
+        rows = {graph: sum(c.rows for c in seen if c.graph is graph) / 2 for graph in (False, True)}
+        declared = made.forwards()[" and ".join(made.updates(i))]
+        assert rows[True] == declared["backward"]
+        assert rows[False] - (len(student) - 1) == declared["forward"] - 1.5
