@@ -58,12 +58,12 @@ def test_presets_differ(tmp_path: Path):
         ({"method": "dmd2", "weight": "alpha_sigma", "fake_guidance_scale": 4.5}, {"method": "swiftbrush"}, 1.0),
         ({"method": "sid", "fake_guidance_scale": 4.5}, {"method": "sid_fewstep"}, 1.0),
         # TDM is DMD where its Huber form is quadratic: e / sqrt(e^2 + c^2) = e / c up to (e / c)^2
-        ({"method": "tdm", "huber_c": 1.0e6}, {"method": "dmd2"}, 1.0e6),
+        ({"method": "tdm", "huber_c": 1.0e5}, {"method": "dmd2"}, 1.0e5),
     ],
 )
 def test_identities(one: dict, other: dict, factor: float, tmp_path: Path):
     a, b = direction(tmp_path, **(ONE | one)), direction(tmp_path, **(ONE | other))
-    assert torch.allclose(factor * a, b, rtol=1e-10, atol=1e-14)
+    assert torch.allclose(factor * a, b, rtol=1e-9, atol=1e-14)
     assert b.abs().max() > 1e-3
 
 
