@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fewstep.distill.distiller import Role
 from fewstep.samplers.adapters import Adapted, adapters_added, bare
@@ -132,9 +133,13 @@ def update_average(average: dict[str, Tensor], parameters: dict[str, nn.Paramete
 
 @contextmanager
 def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | None) -> Iterator[None]:
-    """Within the block the parameters hold other values (a moving average), in place; nothing is copied."""
+    """Within the block the parameters hold other values (a moving average), in place; nothing is copied but shards."""
     if values is None:
         yield
+        return
+    if any(isinstance(p, DTensor) for p in parameters.values()):  # gathered from where they lie
+        with _copied(parameters, values):
+            yield
         return
     own = {k: p.data for k, p in parameters.items()}
     try:
@@ -144,3 +149,19 @@ def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | Non
     finally:
         for k, p in parameters.items():
             p.data = own[k]
+
+
+@contextmanager
+def _copied(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
+    own = {k: p.detach().clone() for k, p in parameters.items()}
+    try:
+        _copy(values, parameters)
+        yield
+    finally:
+        _copy(own, parameters)
+
+
+@torch.no_grad()
+def _copy(values: dict[str, Tensor], into: dict[str, nn.Parameter]) -> None:
+    for key, parameter in into.items():
+        parameter.copy_(values[key])
