@@ -100,6 +100,9 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     set_seed(config.seed)  # for modules that initialise themselves; every draw of the loop has its own key
     if teacher is None:
         teacher = load(config.teacher, config.revision, config.variant)
+    sharded = config.sharding_strategy == "full_shard"
+    if sharded:
+        sharding.refuse_two(teacher)
     shape = pixels_shape(config, teacher)
     teacher = teacher.at(shape)
     teacher.to(accelerator.device)
@@ -124,7 +127,6 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         if config.validation_prompts and not keep_encoder:
             shown = cache.conditions(config, teacher, config.validation_prompts)[range(len(config.validation_prompts))]
     teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
-    sharded = config.sharding_strategy == "full_shard"
     if sharded:
         teacher.to("cpu")  # roles are made in main memory, and go to the device block by block
     networks = networks_of(config, teacher)

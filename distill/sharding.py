@@ -52,19 +52,26 @@ def refuse_launch(config: TrainConfig, accelerator: Accelerator) -> None:
         )
 
 
+def refuse_two(denoiser: Denoiser) -> None:
+    """UserError for a denoiser with two networks: not every process calls both."""
+    if len(denoiser.networks) > 1:
+        raise UserError(
+            f"sharding_strategy full_shard: {type(denoiser.pipeline).__name__} splits levels between "
+            f"{' and '.join(denoiser.networks)}, so that processes would call different networks and wait for each other "
+            "for ever; use no_shard"
+        )
+
+
 def shard(roles: Iterable[Role], base: Denoiser, device: torch.device) -> None:
     """Spread the networks of roles and base, and the modules that roles own, over all processes; in place.
 
     Weights may lie in main memory: each block's go to `device`, and all but this process's part are freed, before the
     next block's do. `Role.parameters` become the parts. Every process must hold the same weights.
-
-    Raises:
-        UserError: for a denoiser with two networks, see there.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
     roles = list(roles)
-    modules = {bare(n): None for d in (base, *(r.denoiser for r in roles)) for n in _single(d).values()}
+    modules = {bare(n): None for d in (base, *(r.denoiser for r in roles)) for n in d.networks.values()}
     modules |= {m: None for role in roles for m in role.modules.values()}
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     parts: dict[int, nn.Parameter] = {}
@@ -75,16 +82,6 @@ def shard(roles: Iterable[Role], base: Denoiser, device: torch.device) -> None:
         parts |= {key: after[name] for name, key in before}
     for role in roles:
         role.parameters.update({k: parts[id(p)] for k, p in role.parameters.items()})
-
-
-def _single(denoiser: Denoiser) -> dict[str, Any]:
-    if len(denoiser.networks) > 1:
-        raise UserError(
-            f"sharding_strategy full_shard: {type(denoiser.pipeline).__name__} splits levels between "
-            f"{' and '.join(denoiser.networks)}, so that processes would call different networks and wait for each other "
-            "for ever; use no_shard"
-        )
-    return denoiser.networks
 
 
 def _shard(module: nn.Module, mesh: Any) -> None:
