@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from fewstep.distill.distiller import Role
 from fewstep.samplers.adapters import Adapted, adapters_added, bare
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Networks:
@@ -122,6 +125,24 @@ def require_grad(roles: dict[str, Role], names: Sequence[str]) -> None:
     for name, role in roles.items():
         for parameter in role.parameters.values():
             parameter.requires_grad_(name in names)
+
+
+def mean(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """Mean over processes."""
+    return cast(Tensor, accelerator.reduce(value, "mean"))
+
+
+def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """Mean of the gradients over processes, one message; DDP's wrapper fails over a base with two adapters.
+
+    A parameter that no process used (an expert for other levels) keeps its gradient None, as on one process.
+    """
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = mean(accelerator, torch.cat([used, *(g.reshape(-1) for g in parts)]))
+    used, *means = flat.split([len(parameters), *(g.numel() for g in parts)])
+    for parameter, gradient, by_any in zip(parameters, means, used.tolist(), strict=True):
+        parameter.grad = gradient.reshape(parameter.shape) if by_any else None
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from fewstep.distill.batches import Batches
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Distiller, Losses, Role
 from fewstep.distill.interrupt import Interrupted, Signals
-from fewstep.distill.networks import require_grad, swapped, update_average
+from fewstep.distill.networks import average_gradients, mean, require_grad, swapped, update_average
 from fewstep.distill.random import generator
 from fewstep.distill.record import Record
 from fewstep.distill.safeguards import CollapseAlarm
@@ -283,21 +283,3 @@ def _fill(into: dict[str, Tensor], values: dict[str, Tensor], where: Path) -> No
         raise UserError(f"checkpoint {where}: made by another config; start anew under another name=")
     for key, value in into.items():
         value.copy_(sharding.part_of(values[key], value))
-
-
-def mean(accelerator: Accelerator, value: Tensor) -> Tensor:
-    """Mean over processes."""
-    return cast(Tensor, accelerator.reduce(value, "mean"))
-
-
-def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Mean of the gradients over processes, one message; DDP's wrapper fails over a base with two adapters.
-
-    A parameter that no process used (an expert for other levels) keeps its gradient None, as on one process.
-    """
-    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = mean(accelerator, torch.cat([used, *(g.reshape(-1) for g in parts)]))
-    used, *means = flat.split([len(parameters), *(g.numel() for g in parts)])
-    for parameter, gradient, by_any in zip(parameters, means, used.tolist(), strict=True):
-        parameter.grad = gradient.reshape(parameter.shape) if by_any else None
