@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 PLUGINS = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 """What a launcher can ask accelerate for, and accelerate could do with one model and its optimiser alone."""
 
+UNSHARDED = {
+    "train_text_encoder": "a text encoder is not sharded",
+    "channels_last": "only contiguous weights are",
+    "use_8bit_adam": "its moments know no parts of tensors",
+    "quantization_config": "packed weights are not cut into parts",
+    "compile": "it has not been tried with shards",
+}
+"""Keys that do not go with shards, where a config has them, and why."""
+
 
 def refuse(config: TrainConfig) -> None:
     """ConfigError, before any weight loads, for keys that do not go with shards."""
@@ -33,8 +42,13 @@ def refuse(config: TrainConfig) -> None:
         return
     if config.mixed_precision == "fp16":
         raise ConfigError("config: mixed_precision: fp16 and sharding_strategy full_shard do not go together; use bf16")
-    if getattr(config, "train_text_encoder", False):
-        raise ConfigError("config: train_text_encoder: a text encoder is not sharded; use sharding_strategy: no_shard")
+    said = [
+        f"config: {key}: not with sharding_strategy full_shard, {why}; use no_shard"
+        for key, why in UNSHARDED.items()
+        if getattr(config, key, None)
+    ]
+    if said:
+        raise ConfigError("\n".join(said))
 
 
 def refuse_launch(config: TrainConfig, accelerator: Accelerator) -> None:

@@ -170,7 +170,10 @@ def test_accelerate_launch_runs_the_whole_job(tmp_path: Path, root: Path):
     ("changes", "line"),
     [
         ({"mixed_precision": "fp16"}, "fp16 and sharding_strategy full_shard do not go together; use bf16"),
-        ({"train_text_encoder": True, "student": "full"}, "train_text_encoder: a text encoder is not sharded"),
+        (
+            {"train_text_encoder": True, "student": "full"},
+            "train_text_encoder: not with sharding_strategy full_shard, a text encoder is not",
+        ),
         ({}, "full_shard spreads weights over processes, and this is the only one; start several, e.g. torchrun"),
     ],
 )
