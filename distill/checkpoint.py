@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.distill import sharding
 from fewstep.samplers.errors import UserError
 
 
@@ -62,6 +63,8 @@ def _sync(path: Path) -> None:
 def save(folder: Path, iteration: int, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> Path:
     """Write a checkpoint: one file per group of tensors, and `meta` as JSON.
 
+    Of shards the file holds the whole tensors, so that any number of processes reads it; meanwhile all others `share`.
+
     Raises:
         UserError: where the folder cannot be written or the disk is full; nothing complete is lost.
     """
@@ -82,11 +85,19 @@ def save(folder: Path, iteration: int, tensors: Mapping[str, Mapping[str, Tensor
     return final
 
 
+def share(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """What the processes that do not write do meanwhile: give their parts of the tensors."""
+    for group in tensors.values():
+        for value in group.values():
+            sharding.whole(value.detach())
+
+
 def _write(partial: Path, iteration: int, tensors: Mapping[str, Mapping[str, Tensor]], meta: Mapping[str, Any]) -> None:
     partial.mkdir()
     for name, group in tensors.items():
         # a copy of each: safetensors refuses tensors that share memory
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in group.items()}, partial / f"{name}.safetensors")
+        whole = {k: sharding.whole(v.detach()).cpu().contiguous().clone() for k, v in group.items()}
+        save_file(whole, partial / f"{name}.safetensors")
     (partial / "meta.json").write_text(json.dumps({"iteration": iteration, **meta}))
     hashes = {p.name: _digest(p) for p in sorted(partial.iterdir())}
     (partial / "manifest.json").write_text(json.dumps(hashes))
@@ -155,10 +166,15 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """The inverse of `pack_optimizer`, into an optimiser of the same parameters."""
+    """The inverse of `pack_optimizer`, into an optimiser of the same parameters, sharded or not."""
     state: dict[int, dict[str, Any]] = {}
-    # a copy of each: what was loaded lies in the file, which is pruned while the optimiser still uses it
-    for name, value in {**{k: v.clone() for k, v in tensors.items()}, **meta["plain"]}.items():
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, value in {**tensors, **meta["plain"]}.items():
         index, key = name.split(".", 1)
+        if isinstance(value, Tensor):
+            # a copy of each: what was loaded lies in the file, which is pruned while the optimiser still uses it
+            like = parameters[int(index)]
+            value = sharding.part_of(value, like) if value.shape == like.shape else value
+            value = value.clone()
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": meta["param_groups"]})

@@ -6,15 +6,19 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fewstep.distill.distiller import Role
 from fewstep.samplers.adapters import Adapted, adapters_added, bare
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Networks:
@@ -123,6 +127,24 @@ def require_grad(roles: dict[str, Role], names: Sequence[str]) -> None:
             parameter.requires_grad_(name in names)
 
 
+def mean(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """Mean over processes."""
+    return cast(Tensor, accelerator.reduce(value, "mean"))
+
+
+def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """Mean of the gradients over processes, one message; DDP's wrapper fails over a base with two adapters.
+
+    A parameter that no process used (an expert for other levels) keeps its gradient None, as on one process.
+    """
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = mean(accelerator, torch.cat([used, *(g.reshape(-1) for g in parts)]))
+    used, *means = flat.split([len(parameters), *(g.numel() for g in parts)])
+    for parameter, gradient, by_any in zip(parameters, means, used.tolist(), strict=True):
+        parameter.grad = gradient.reshape(parameter.shape) if by_any else None
+
+
 @torch.no_grad()
 def update_average(average: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float) -> None:
     """average <- decay average + (1 - decay) parameters, in place."""
@@ -132,9 +154,13 @@ def update_average(average: dict[str, Tensor], parameters: dict[str, nn.Paramete
 
 @contextmanager
 def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | None) -> Iterator[None]:
-    """Within the block the parameters hold other values (a moving average), in place; nothing is copied."""
+    """Within the block the parameters hold other values (a moving average), in place; nothing is copied but shards."""
     if values is None:
         yield
+        return
+    if any(isinstance(p, DTensor) for p in parameters.values()):  # gathered from where they lie
+        with _copied(parameters, values):
+            yield
         return
     own = {k: p.data for k, p in parameters.items()}
     try:
@@ -144,3 +170,19 @@ def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | Non
     finally:
         for k, p in parameters.items():
             p.data = own[k]
+
+
+@contextmanager
+def _copied(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
+    own = {k: p.detach().clone() for k, p in parameters.items()}
+    try:
+        _copy(values, parameters)
+        yield
+    finally:
+        _copy(own, parameters)
+
+
+@torch.no_grad()
+def _copy(values: dict[str, Tensor], into: dict[str, nn.Parameter]) -> None:
+    for key, parameter in into.items():
+        parameter.copy_(values[key])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -39,6 +40,7 @@ MAY_CHANGE = {
         "preflight",
         "collapse_alarm",
     ),
+    *("sharding_strategy", "train_batch_size", "gradient_accumulation_steps"),  # as long as the rows are as many
 }
 """Keys that a resumed run may set anew."""
 
@@ -97,15 +99,33 @@ class Record:
             if changed:
                 said = ", ".join(f"{k} (was {then.get(k)!r}, now {now[k]!r})" for k in changed)
                 raise UserError(f"{self.folder}: cannot be resumed with other values of {said}")
+            self._same_rows(then, now)
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         if self.accelerator.is_main_process:
+            found = environment() | {"processes": self.accelerator.num_processes}
             with checkpoint.writing(self.folder, "set output_dir"):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 checkpoint.write_text(written, yaml.safe_dump(now, sort_keys=False))
-                checkpoint.write_text(self.folder / "environment.json", json.dumps(environment(), indent=2))
+                checkpoint.write_text(self.folder / "environment.json", json.dumps(found, indent=2))
         self.accelerator.wait_for_everyone()
         if self.config.report_to:
             self.accelerator.init_trackers("fewstep")
+
+    def _same_rows(self, then: dict[str, Any], now: dict[str, Any]) -> None:
+        """UserError where iterations would have other rows than before: on another number of processes, say."""
+        processes = self.accelerator.num_processes
+        try:
+            before = json.loads((self.folder / "environment.json").read_text()).get("processes", processes)
+        except (OSError, ValueError):
+            before = processes
+        keys = ("train_batch_size", "gradient_accumulation_steps")
+        were, are = ([c.get(k, now[k]) for k in keys] + [n] for c, n in ((then, before), (now, processes)))
+        if math.prod(were) != math.prod(are):
+            counts = [" x ".join(map(str, factors)) for factors in (were, are)]
+            raise UserError(
+                f"{self.folder}: cannot be resumed with other rows an iteration: {keys[0]} x {keys[1]} x processes was "
+                f"{counts[0]}, now {counts[1]}"
+            )
 
     def finished(self) -> bool:
         """Whether the last iteration's checkpoint is whole and the student is written."""
@@ -174,7 +194,9 @@ class Record:
 
     def preview(self, method: Distiller, student: Denoiser, iteration: int, teacher_steps: int = 20) -> None:
         """A picture: the teacher's row, and one row for each step count of the student, same noise."""
-        if self.preview_condition is None or self._teacher is None or not self.accelerator.is_main_process:
+        # of sharded networks every process samples the same, since each call needs the parts of all
+        alone = self.config.sharding_strategy == "no_shard"
+        if self.preview_condition is None or self._teacher is None or (alone and not self.accelerator.is_main_process):
             return
         from torchvision.utils import save_image  # type: ignore[import-untyped]
 
@@ -190,6 +212,8 @@ class Record:
         rows = [picture]
         for steps in sorted(method.step_counts, reverse=True):
             rows.append(pictures(student, sample(student, condition, method.plan(steps), seeds, shape)))
+        if not self.accelerator.is_main_process:
+            return
         path = self.folder / "samples" / f"step-{iteration:06d}.png"
         with checkpoint.writing(path, "checkpoints are whole"):
             path.parent.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from fewstep.distill import cache, report, safeguards
+from fewstep.distill import cache, report, safeguards, sharding
 from fewstep.distill import data as data_sets
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import ConfigError, TrainConfig, load_config
@@ -38,6 +38,7 @@ def refuse(config: TrainConfig) -> None:
     if not config.has_images and config.prompts not in (None, "embedded:emoji"):
         data_sets.read_prompts(config.prompts)
     check_tracker(config.report_to)
+    sharding.refuse(config)
 
 
 def methods_distiller(config: TrainConfig, networks: Networks) -> Distiller:
@@ -90,6 +91,7 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=str(config.run_dir)
     )
+    sharding.refuse_launch(config, accelerator)
     record = Record(config, accelerator)
     record.open(resume)
     if resume and record.finished():
@@ -98,6 +100,9 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     set_seed(config.seed)  # for modules that initialise themselves; every draw of the loop has its own key
     if teacher is None:
         teacher = load(config.teacher, config.revision, config.variant)
+    sharded = config.sharding_strategy == "full_shard"
+    if sharded:
+        sharding.refuse_two(teacher)
     shape = pixels_shape(config, teacher)
     teacher = teacher.at(shape)
     teacher.to(accelerator.device)
@@ -122,6 +127,8 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         if config.validation_prompts and not keep_encoder:
             shown = cache.conditions(config, teacher, config.validation_prompts)[range(len(config.validation_prompts))]
     teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
+    if sharded:
+        teacher.to("cpu")  # roles are made in main memory, and go to the device block by block
     networks = networks_of(config, teacher)
     method = methods_distiller(config, networks)
     report.check(config, method.step_counts, teacher)
@@ -129,6 +136,10 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     stock(method.roles()["student"].denoiser, plans)  # what plain diffusers cannot sample is refused before training
     if shown is not None:
         record.previews(networks.teacher().denoiser, shown)
+    student = method.roles()["student"].denoiser
+    skeletons = sharding.skeleton(student) if sharded else {}
+    if sharded:
+        sharding.shard(method.roles().values(), networks.base, accelerator.device)
     batches = Batches(
         data,
         shape,
@@ -148,9 +159,11 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         trainer.resume()
     trainer.run()
     safeguards.check_unmoved(weights, teacher)
-    if accelerator.is_main_process:
-        with trainer.averaged():
-            record.preview(method, trainer.roles["student"].denoiser, trainer.iteration)
+    with trainer.averaged():
+        record.preview(method, student, trainer.iteration)
+        if sharded:
+            student = sharding.gathered(student, skeletons, accelerator.is_main_process)
+        if accelerator.is_main_process:
             manifest = Manifest(
                 base=config.teacher,
                 revision=config.revision,
@@ -164,7 +177,7 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
                 width=config.width,
                 num_frames=config.num_frames,
             )
-            save_student(config.run_dir / "student", trainer.roles["student"].denoiser, manifest)
+            save_student(config.run_dir / "student", student, manifest)
     accelerator.wait_for_everyone()
     if config.report_to:
         accelerator.end_training()

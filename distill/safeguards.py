@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.distill import checkpoint
+from fewstep.distill import checkpoint, sharding
 from fewstep.distill.objectives.divergence import spread
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.baseline import stock_images
@@ -203,7 +203,7 @@ def checksums(denoiser: Denoiser) -> dict[str, int]:
     found = {}
     for name, network in denoiser.networks.items():
         for key, parameter in base_parameters(bare(network)).items():
-            bits = parameter.detach().reshape(-1).view(INTEGERS[parameter.element_size()])
+            bits = sharding.whole(parameter.detach()).reshape(-1).view(INTEGERS[parameter.element_size()])
             found[f"{name}.{key}"] = sum(
                 (part.long() * (2 * torch.arange(len(part), device=part.device) + 2 * i + 1)).sum()
                 for i, part in enumerate(bits.split(1 << 22))  # small: as int64 they are wider

@@ -43,6 +43,9 @@ class TrainConfig(DataConfig, extra="forbid", frozen=True, allow_inf_nan=False):
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the student that is exported")
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    sharding_strategy: Literal["no_shard", "full_shard"] = Field(
+        "no_shard", description="full_shard: weights of every role lie spread over the processes (torch's fully_shard)"
+    )
 
     logging_steps: int = Field(10, ge=1)
     checkpointing_steps: int = Field(500, ge=1)

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.distill import checkpoint
+from fewstep.distill import checkpoint, sharding
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Distiller, Losses, Role
 from fewstep.distill.interrupt import Interrupted, Signals
-from fewstep.distill.networks import require_grad, swapped, update_average
+from fewstep.distill.networks import average_gradients, mean, require_grad, swapped, update_average
 from fewstep.distill.random import generator
 from fewstep.distill.record import Record
 from fewstep.distill.safeguards import CollapseAlarm
@@ -54,6 +54,7 @@ class Trainer:
             # accelerate would train in float32 without a word
             raise UserError("mixed_precision fp16: needs a GPU; on this device use bf16 or no")
         self.config, self.accelerator, self.method = config, accelerator, method
+        self.sharded = config.sharding_strategy == "full_shard"
         self.batches, self.record, self.alarm = batches, record, CollapseAlarm(None)
         self.roles = method.roles()
         self.iteration = 0
@@ -148,13 +149,13 @@ class Trainer:
         """Step a role with the gradients that lie ready; its scalars and the norm of its gradient."""
         role, optimizer = self.roles[name], self.optimizers[name]
         parameters = list(role.parameters.values())
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not self.sharded:  # of shards a backward pass has averaged them
             average_gradients(self.accelerator, parameters)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.rates[name], i)
         self.accelerator.unscale_gradients(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
-        values = self._read({**totals, "grad_norm": norm})
+        values = self._read({**totals, "grad_norm": sharding.whole(norm)})
         if values.pop(NON_FINITE):
             self._not_finite(name, "loss", i)
         if self.accelerator.scaler is None and not math.isfinite(values["grad_norm"]):
@@ -219,8 +220,8 @@ class Trainer:
             yield
 
     def save(self) -> None:
-        """Write a checkpoint (main process only)."""
-        if not self.accelerator.is_main_process:
+        """Write a checkpoint: the main process does, from the parts of all where weights are sharded."""
+        if not (self.accelerator.is_main_process or self.sharded):
             return
         tensors: dict[str, dict[str, Tensor]] = {}
         meta: dict[str, Any] = {"optimizers": {}, "method": self.method.state_dict(), "best": self.best}
@@ -234,6 +235,9 @@ class Trainer:
             tensors["average"] = self.average
         if self.accelerator.scaler is not None:
             meta["scaler"] = self.accelerator.scaler.state_dict()
+        if not self.accelerator.is_main_process:
+            checkpoint.share(tensors)
+            return
         newest = checkpoint.save(self.record.checkpoints, self.iteration, tensors, meta)
         best = self.record.checkpoints / f"step-{self.best[1]:06d}" if self.best else None
         good = self.alarm.keep(self.record.checkpoints)
@@ -278,22 +282,4 @@ def _fill(into: dict[str, Tensor], values: dict[str, Tensor], where: Path) -> No
     if into.keys() != values.keys():
         raise UserError(f"checkpoint {where}: made by another config; start anew under another name=")
     for key, value in into.items():
-        value.copy_(values[key])
-
-
-def mean(accelerator: Accelerator, value: Tensor) -> Tensor:
-    """Mean over processes."""
-    return cast(Tensor, accelerator.reduce(value, "mean"))
-
-
-def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Mean of the gradients over processes, one message; DDP's wrapper fails over a base with two adapters.
-
-    A parameter that no process used (an expert for other levels) keeps its gradient None, as on one process.
-    """
-    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = mean(accelerator, torch.cat([used, *(g.reshape(-1) for g in parts)]))
-    used, *means = flat.split([len(parameters), *(g.numel() for g in parts)])
-    for parameter, gradient, by_any in zip(parameters, means, used.tolist(), strict=True):
-        parameter.grad = gradient.reshape(parameter.shape) if by_any else None
+        value.copy_(sharding.part_of(values[key], value))

@@ -35,7 +35,8 @@ def captured(network: nn.Module, blocks: Sequence[str], stop: bool = False) -> I
     """
     from torch.distributed.fsdp import FSDPModule
 
-    stop = stop and not isinstance(network, FSDPModule)
+    sharded = isinstance(network, FSDPModule)
+    stop = stop and not sharded
     modules = {name: _block(network, name) for name in blocks}
     outputs: dict[str, Any] = {}
 
@@ -45,6 +46,10 @@ def captured(network: nn.Module, blocks: Sequence[str], stop: bool = False) -> I
             raise _Reached
 
     handles = [module.register_forward_hook(partial(keep, name)) for name, module in modules.items()]
+    if sharded:
+        # weights are gathered again where a gradient comes in by what the network returns: let that be the features, too
+        handles.append(network.register_forward_hook(lambda module, args, output: (output, outputs), prepend=True))
+        handles.append(network.register_forward_hook(lambda module, args, output: output[0]))
     try:
         with torch.compiler.set_stance("force_eager"):  # compiled code would not see the hooks
             yield outputs

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import accelerate.tracking
 import pytest
+import torch
 from accelerate.utils import LoggerType
 from torch import Tensor
 
@@ -84,12 +86,31 @@ def test_a_run_is_not_started_over_another(tmp_path: Path):
     scripted(tmp_path, Scripted({"student": square})).run()
     with pytest.raises(UserError, match=r"run: holds a run already; --resume continues it, name=OTHER starts another"):
         scripted(tmp_path, Scripted({"student": square}))
-    with pytest.raises(UserError, match=r"other values of seed \(was 0, now 1\), train_batch_size \(was 4, now 8\)"):
-        scripted(tmp_path, Scripted({"student": square}), resume=True, seed=1, train_batch_size=8)
+    with pytest.raises(UserError, match=r"other values of seed \(was 0, now 1\), learning_rate \(was 0.01, now 0.02\)"):
+        scripted(tmp_path, Scripted({"student": square}), resume=True, seed=1, learning_rate=0.02)
     longer = scripted(tmp_path, Scripted({"student": square}), resume=True, max_train_steps=8, logging_steps=2)
     longer.run()
     assert [line["iteration"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 8]
     assert TrainConfig.model_fields.keys() >= MAY_CHANGE
+
+
+def test_an_iteration_keeps_its_rows(tmp_path: Path):
+    """However they are split: as micro-batches the second half ends where the first run did. Otherwise both products are said."""
+    straight = Scripted({"student": square})
+    scripted(tmp_path / "straight", straight).run()
+    scripted(tmp_path, Scripted({"student": square}), max_train_steps=3).run()
+    with pytest.raises(UserError, match=r"gradient_accumulation_steps x processes was 4 x 1 x 1, now 8 x 1 x 1"):
+        scripted(tmp_path, Scripted({"student": square}), resume=True, train_batch_size=8)
+    environment = tmp_path / "run/environment.json"
+    of_one = environment.read_text()
+    environment.write_text(json.dumps(json.loads(of_one) | {"processes": 2}))
+    with pytest.raises(UserError, match=r"was 4 x 1 x 2, now 4 x 1 x 1"):
+        scripted(tmp_path, Scripted({"student": square}), resume=True)
+    environment.write_text(of_one)
+    split = Scripted({"student": square})
+    scripted(tmp_path, split, resume=True, train_batch_size=1, gradient_accumulation_steps=4).run()
+    assert {entry[2] for entry in split.log if entry[0] == "draw"} == {(0,), (1,), (2,), (3,)}
+    torch.testing.assert_close(split.weights["student"], straight.weights["student"], rtol=1e-5, atol=0)
 
 
 def test_a_folder_where_nothing_was_trained_holds_no_run(tmp_path: Path):

@@ -14,8 +14,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from fewstep.distill.networks import average_gradients
 from fewstep.distill.run import train
-from fewstep.distill.trainer import Interrupted, average_gradients
+from fewstep.distill.trainer import Interrupted
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
 from tests.distill.runs import Scripted, config, scripted, square

@@ -1,0 +1,115 @@
+"""`torchrun ... -m tests.distill.sharded_processes FOLDER`: sharded runs, and what each of two processes finds in them.
+
+Writes FOLDER/two (straight runs), FOLDER/there (one process's runs, continued) and FOLDER-RANK.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fewstep.distill import sharding
+from fewstep.distill.batches import Batches
+from fewstep.distill.distiller import Role
+from fewstep.distill.run import train
+from fewstep.samplers.adapters import bare
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.load import denoiser_of
+from tests.distill.runs import config
+from tests.distill.two_processes import SAME, outcome
+from tests.pipelines import tiny_stable_diffusion
+
+RUNS: dict[str, dict[str, Any]] = {
+    # student and fake score on one base, and a discriminator on features
+    "dmd2-lora": {"steps": [1, 2], "fake_score_updates": 2, "gan_weight": 0.1, "discriminator_weight": 1.0},
+    # student, its moving average as target, teacher
+    "lcm-full": {"steps": [1, 2]},
+}
+
+
+def settings(folder: Path, where: str, name: str, world: int, **changes: Any) -> Any:
+    """Four rows a micro-batch, over all processes."""
+    method, kind = name.split("-")
+    return config(
+        folder / where,
+        **{"method": method, "name": name, "student": kind, "train_data": str(folder / "images")},
+        **{"train_batch_size": 4 // world, "cache_dir": str(folder / f"cache-{world}")},
+        **{"sharding_strategy": "no_shard" if world == 1 else "full_shard"},
+        **{"validation_prompts": ["thing 1", "thing 2"], "validation_steps": 2, "preflight": False},
+        **SAME,
+        **RUNS[name],
+        **changes,
+    )
+
+
+def held(roles: dict[str, Role], base: Denoiser) -> dict[str, Any]:
+    """Kinds of the parameters of roles, of their networks and modules; share of the elements that this process holds."""
+    modules = [bare(n) for d in (base, *(r.denoiser for r in roles.values())) for n in d.networks.values()]
+    modules += [m for role in roles.values() for m in role.modules.values()]
+    parameters = [p for m in modules for p in m.parameters()]
+    parameters += [p for role in roles.values() for p in role.parameters.values()]
+    local = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters)
+    return {
+        "kinds": sorted({type(p).__name__ for p in parameters}),
+        "share": local / sum(p.numel() for p in parameters),
+        "trained": sum(len(role.parameters) for role in roles.values()),
+        "modules": sorted(m for role in roles.values() for m in role.modules),
+    }
+
+
+def derivative(denoiser: Denoiser) -> tuple[Tensor, Tensor]:
+    """A prediction and its derivative along a direction, from fixed inputs."""
+    x, dx = torch.randn(2, 2, *denoiser.latent_shape(), generator=torch.Generator().manual_seed(1))
+    condition = denoiser.encode(["a cat", "a dog"])
+    with torch.no_grad():
+        return denoiser.jvp(x, torch.tensor([0.7, 0.3]), condition, dx, torch.ones(()))
+
+
+def main(folder: Path) -> None:
+    """Everything, in one program: starting one is slow."""
+    accelerator = Accelerator()
+    rank = accelerator.process_index
+    found: dict[str, Any] = {"world": accelerator.num_processes, "held": []}
+    shard = sharding.shard
+
+    def sharded(roles: Any, base: Denoiser, device: torch.device) -> None:
+        shard(roles, base, device)
+        found["held"].append(held(dict(enumerate(roles)), base))
+
+    sharding.shard = sharded
+    for name in RUNS:
+        train(settings(folder, "two", name, 2), teacher=denoiser_of(tiny_stable_diffusion()))
+        train(settings(folder, "there", name, 2), resume=True, teacher=denoiser_of(tiny_stable_diffusion()))
+    sharding.shard = shard
+
+    teacher = denoiser_of(tiny_stable_diffusion())
+    plain = derivative(teacher)
+    shard([], teacher, accelerator.device)
+    found["derivative"] = [
+        (a - b).norm().item() / b.norm().item() for a, b in zip(derivative(teacher), plain, strict=True)
+    ]
+
+    real = Batches.__call__
+
+    def spoilt(self: Batches, iteration: int, micro: int) -> Any:
+        batch, rng = real(self, iteration, micro)
+        if (rank, iteration) == (1, 2):
+            batch.x0 = batch.x0 * torch.nan
+        return batch, rng
+
+    Batches.__call__ = spoilt  # type: ignore[method-assign]
+    bad = settings(folder, "bad", "lcm-full", 2)
+    found["non-finite"] = outcome(lambda: train(bad, teacher=denoiser_of(tiny_stable_diffusion())))
+    Path(f"{folder}-{rank}.json").write_text(json.dumps(found))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
