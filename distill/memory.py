@@ -69,6 +69,15 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _NoPadding(TorchFunctionMode):
+    """Text encoders look whether a mask masks anything; without data none does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.all and args[0].is_meta:
+            return torch.ones((), dtype=torch.bool)
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def kept(known: set[int]) -> Iterator[dict[int, int]]:
     """Within the block, bytes of each storage that autograd keeps, by its address; `known` ones are left out."""
@@ -136,11 +145,11 @@ def call(config: TrainConfig, role: Role, shape: tuple[int, ...], prompts: int) 
     if role.adapter is not None:
         activate(network, role.adapter)
     require_grad({"role": role}, ["role"])
-    lower = LOWER.get(config.mixed_precision)
-    if lower is not None:
-        network = copy.deepcopy(network).to(lower)
+    dtype = computed_in(config)
+    if dtype != torch.float32:
+        network = copy.deepcopy(network).to(dtype)
     view = denoiser.with_networks({next(iter(denoiser.networks)): network})
-    with torch.no_grad():
+    with torch.no_grad(), _NoPadding():
         condition = view.encode(_prompts(view, prompts)).to(denoiser.device)
     if view.takes_guidance:
         condition = condition.with_guidance(1.0)
@@ -151,6 +160,12 @@ def call(config: TrainConfig, role: Role, shape: tuple[int, ...], prompts: int) 
 
 def _prompts(denoiser: Denoiser, n: int) -> list[str]:
     return [(denoiser.examples or ("a photo",))[0]] * n
+
+
+def computed_in(config: TrainConfig) -> torch.dtype:
+    """Type of a student's products: that of mixed precision, else of its weights."""
+    own = torch.float32 if config.student == "full" else DTYPES[config.base_dtype]
+    return LOWER.get(config.mixed_precision, own)
 
 
 def rows_with_graph(config: TrainConfig, method: Distiller) -> float:
@@ -171,9 +186,26 @@ def rows_with_graph(config: TrainConfig, method: Distiller) -> float:
 
 
 def need(
-    config: TrainConfig, method: Distiller, base: Denoiser, checkpointing: bool, devices: int = 1, fused: bool = True
+    config: TrainConfig,
+    method: Distiller,
+    base: Denoiser,
+    checkpointing: bool,
+    devices: int = 1,
+    fused: bool = True,
+    known: dict[Any, int] | None = None,
 ) -> Need:
-    """Bytes per device of a run, its networks sharded over `devices`."""
+    """Bytes per device of a run.
+
+    Args:
+        config: the run's; its roles are `method`'s, the frozen networks `base`'s.
+        method: see config.
+        base: see config.
+        checkpointing: whether its networks are set so.
+        devices: that every network is sharded over; 1 = not.
+        fused: as GPUs do it: attention that keeps no matrix, an optimiser that steps all tensors at once.
+        known: activations that an earlier call found, by what they depend on; added to.
+    """
+    known = {} if known is None else known
     roles = method.roles()
     trained = {n: [p.numel() for p in r.parameters.values()] for n, r in roles.items() if r.trained}
     copies = sum(4 * p.numel() for r in roles.values() for p in r.parameters.values())
@@ -182,14 +214,19 @@ def need(
     weights = base_bytes(config, base) + copies
     gradients = 4 * max(map(sum, trained.values()))
     moments = sum(_moments(config, sizes) for sizes in trained.values())
-    student = roles["student"]
-    shape = base.latent_shape(config.height, config.width, config.num_frames)
-    ask, network = call(config, student, shape, config.train_batch_size)
-    saved = activations(ask, network, checkpointing, fused) * rows_with_graph(config, method)
-    lower = LOWER.get(config.mixed_precision)
-    if lower is not None and not checkpointing:  # the cast of each float32 weight is kept for the backward
-        own = bare(student.denoiser.network)
-        saved += sum(2 * p.numel() for p in own.parameters() if p.ndim > 1 and p.dtype == torch.float32)
+    network = bare(roles["student"].denoiser.network)
+    key = (config.student, checkpointing, fused, dtype := computed_in(config))
+    if key not in known:
+        shape = base.latent_shape(config.height, config.width, config.num_frames)
+        known[key] = activations(*call(config, roles["student"], shape, config.train_batch_size), checkpointing, fused)
+    saved = known[key] * rows_with_graph(config, method)
+    if (
+        config.mixed_precision != "no"
+        and not checkpointing
+        and (config.student == "full" or config.base_dtype == "fp32")
+    ):
+        # the cast of each float32 weight that is multiplied is kept for the backward
+        saved += sum(dtype.itemsize * p.numel() for p in network.parameters() if p.ndim > 1)
     gathered = 2 * max((bytes_of(m) for m in _blocks(network)), default=0) if devices > 1 else 0
     return Need(
         math.ceil(weights / devices) + gathered,

@@ -64,6 +64,7 @@ def plan(config: TrainConfig, memory: str | None = None, devices: int = 8, base:
     base = base.at(base.latent_shape(config.height, config.width, config.num_frames))
     found: dict[str, tuple[Need | str, TrainConfig, bool, int]] = {}
     made: dict[str, Distiller | str] = {}
+    known: dict[Any, int] = {}
     for kind in ("full", "lora"):  # adapters are added to the base, so copies are made first
         asked = config.model_copy(update={"student": kind})
         try:
@@ -76,7 +77,7 @@ def plan(config: TrainConfig, memory: str | None = None, devices: int = 8, base:
     for name, asked, checkpointing, over in strategies(config, devices):
         group = group if name.startswith(" ") else name
         method = made[asked.student]
-        row = method if isinstance(method, str) else need(asked, method, base, checkpointing, over)
+        row = method if isinstance(method, str) else need(asked, method, base, checkpointing, over, known=known)
         found[f"{group},{name[1:]}" if name.startswith(" ") else name] = (row, asked, checkpointing, over)
     return _text(config, base, found, limit, made)
 

@@ -48,7 +48,6 @@ def _module(source: str, name: str, library: str, class_name: str, revision: str
             with torch.device("meta"):
                 return cls.from_config(config)  # type: ignore[attr-defined]
         config = cls.config_class.from_pretrained(source, subfolder=name, revision=revision or "main")  # type: ignore[attr-defined]
-        config._attn_implementation = "eager"  # others look at the mask's values, which are not there
         with torch.device("meta"):
             return cls(config)
     except (OSError, ValueError, TypeError, KeyError) as error:
