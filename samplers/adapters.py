@@ -74,7 +74,7 @@ def checkpointed(network: nn.Module) -> None:
 @contextmanager
 def _active(network: nn.Module, adapter: Any) -> Iterator[None]:
     """Within the block that adapter is active; () where none was ever chosen."""
-    before = getattr(network, "_fewstep_active", ())
+    before: Any = getattr(network, "_fewstep_active", ())
     if adapter != ():
         activate(network, adapter)
     try:

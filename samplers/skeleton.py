@@ -29,7 +29,8 @@ def skeleton(source: str | Path, revision: str | None = None) -> Denoiser:
     modules: dict[str, Any] = {}
     for name, value in index_of(source, revision).items():
         if isinstance(value, list) and len(value) == 2 and all(value) and name not in LEFT_OUT:
-            module = _module(str(path) if path.is_dir() else str(source), name, *value, revision)
+            library, class_name = value
+            module = _module(str(path) if path.is_dir() else str(source), name, library, class_name, revision)
             if module is not None:
                 modules[name] = module
     return denoiser_of(load_pipeline(source, revision, **modules))
