@@ -131,11 +131,11 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
     networks = networks_of(config, teacher)
     method = methods_distiller(config, networks)
-    for line in efficiency.apply(config, method.roles(), accelerator.device):
-        record.say(line)
     report.check(config, method.step_counts, teacher)
     plans = {k: method.plan(k) for k in method.step_counts}
     stock(method.roles()["student"].denoiser, plans)  # what plain diffusers cannot sample is refused before training
+    for line in efficiency.apply(config, method.roles(), accelerator.device):
+        record.say(line)
     if shown is not None:
         record.previews(networks.teacher().denoiser, shown)
     batches = Batches(
