@@ -51,6 +51,13 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved config, the roles and the cost; train nothing.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what it needs in memory, and what else would fit; load nothing.")
+    ] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="Of one device, for --plan, e.g. 24GiB. Default: that of the GPU.")
+    ] = None,
+    devices: Annotated[int, typer.Option(help="That the sharded rows of --plan count with.", min=2)] = 8,
     debug: Debug = False,
 ) -> None:
     """Train a student.
@@ -61,9 +68,14 @@ def train(
     On several devices: accelerate launch -m fewstep.distill CONFIG, or torchrun --nproc_per_node 2 -m fewstep.distill
     CONFIG
     """
-    from fewstep.distill.console import train_command
+    from fewstep.distill.console import plan_command, train_command
 
-    train_command(config, overrides or (), resume, dry_run, debug)
+    if plan:
+        plan_command(config, overrides or (), memory, devices, debug)
+    elif memory is not None:
+        raise typer.BadParameter("goes with --plan", param_hint="--memory")
+    else:
+        train_command(config, overrides or (), resume, dry_run, debug)
 
 
 @app.command()

@@ -94,6 +94,20 @@ def train_command(
     print(f"student  {folder / 'student'}")
 
 
+def plan_command(
+    config: str, overrides: Sequence[str] = (), memory: str | None = None, devices: int = 8, debug: bool = False
+) -> None:
+    """`train --plan`: what the run and its alternatives need in memory."""
+    from fewstep.distill.config import load_config
+
+    checked = load_config(config, overrides)
+    if not debug:
+        quiet()
+    from fewstep.distill.planner import plan
+
+    print(plan(checked, memory, devices))
+
+
 def dry(config: Any) -> str:
     """The resolved config, the roles and the cost of an iteration, without training or writing anything."""
     import yaml

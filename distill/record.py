@@ -27,6 +27,7 @@ from fewstep.samplers.plan import sample, uniform_plan
 
 MAY_CHANGE = {
     *("max_train_steps", "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"),
+    *("attention", "gradient_checkpointing", "compile", "channels_last", "offload_encoders"),
     *(
         "report_to",
         "report_num",

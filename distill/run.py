@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from fewstep.distill import cache, report, safeguards, sharding
+from fewstep.distill import cache, efficiency, report, safeguards, sharding
 from fewstep.distill import data as data_sets
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import ConfigError, TrainConfig, load_config
@@ -38,6 +38,7 @@ def refuse(config: TrainConfig) -> None:
     if not config.has_images and config.prompts not in (None, "embedded:emoji"):
         data_sets.read_prompts(config.prompts)
     check_tracker(config.report_to)
+    efficiency.refuse(config)
     sharding.refuse(config)
 
 
@@ -99,7 +100,10 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         return record, False
     set_seed(config.seed)  # for modules that initialise themselves; every draw of the loop has its own key
     if teacher is None:
-        teacher = load(config.teacher, config.revision, config.variant)
+        arguments = efficiency.loading(config, backbone.network_names)
+        teacher = load(config.teacher, config.revision, config.variant, **arguments)
+    else:
+        efficiency.cast_base(config, teacher)
     sharded = config.sharding_strategy == "full_shard"
     if sharded:
         sharding.refuse_two(teacher)
@@ -117,7 +121,9 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         scale, size = getattr(config, "guidance_scale", 1.0), (config.height, config.width, config.num_frames)
         reference = safeguards.preflight(teacher, data.captions, config.negative_prompt, scale, size, record.say)
     weights = safeguards.checksums(teacher)
-    mark = fingerprint(teacher)
+    mark = fingerprint(
+        teacher if config.quantization_config is None else load(config.teacher, config.revision, config.variant)
+    )
     keep_encoder = getattr(config, "train_text_encoder", False)
     with accelerator.main_process_first():
         condition = None if keep_encoder else cache.conditions(config, teacher, data.captions)
@@ -126,7 +132,8 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         shown = None
         if config.validation_prompts and not keep_encoder:
             shown = cache.conditions(config, teacher, config.validation_prompts)[range(len(config.validation_prompts))]
-    teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
+    if config.offload_encoders:
+        teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
     if sharded:
         teacher.to("cpu")  # roles are made in main memory, and go to the device block by block
     networks = networks_of(config, teacher)
@@ -134,6 +141,8 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     report.check(config, method.step_counts, teacher)
     plans = {k: method.plan(k) for k in method.step_counts}
     stock(method.roles()["student"].denoiser, plans)  # what plain diffusers cannot sample is refused before training
+    for line in efficiency.apply(config, method.roles(), accelerator.device):
+        record.say(line)
     if shown is not None:
         record.previews(networks.teacher().denoiser, shown)
     student = method.roles()["student"].denoiser

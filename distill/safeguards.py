@@ -4,6 +4,7 @@ teacher whose weights move. No method knows of them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -115,7 +116,7 @@ def _stock_samples(
     rest = {k: v for k, v in call.arguments.items() if k not in ("num_inference_steps", "guidance_scale")}
     rest |= dict(zip(("height", "width", "num_frames"), size, strict=True))
     scale = call.arguments.get("guidance_scale", 1.0)
-    with _following(teacher.pipeline, scheduler, call):
+    with _following(teacher.pipeline, scheduler, call), _one_dtype(teacher):
         return stock_images(teacher.pipeline, prompts, seeds, STEPS, scale, negative, **rest)
 
 
@@ -133,6 +134,20 @@ def _following(pipeline: Any, scheduler: Any, call: StockCall) -> Iterator[None]
         yield
     finally:
         pipeline.scheduler = own
+
+
+@contextmanager
+def _one_dtype(teacher: Denoiser) -> Iterator[None]:
+    """Within the block the decoder has the network's type, as the stock call expects; a copy, for it would stay rounded."""
+    pipeline, dtype = teacher.pipeline, teacher.network.dtype
+    vae = getattr(pipeline, "vae", None)
+    if vae is not None and vae.dtype != dtype:
+        pipeline.vae = copy.deepcopy(vae).to(dtype)
+    try:
+        yield
+    finally:
+        if vae is not None:
+            pipeline.vae = vae
 
 
 class CollapseAlarm:

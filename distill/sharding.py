@@ -47,6 +47,10 @@ def refuse(config: TrainConfig) -> None:
         for key, why in UNSHARDED.items()
         if getattr(config, key, None)
     ]
+    if config.base_dtype != "fp32":
+        said.append(
+            f"config: base_dtype: {config.base_dtype} has not been tried with sharding_strategy full_shard; use fp32"
+        )
     if said:
         raise ConfigError("\n".join(said))
 

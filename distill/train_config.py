@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from fewstep.distill.data_config import DataConfig
 
@@ -46,6 +46,23 @@ class TrainConfig(DataConfig, extra="forbid", frozen=True, allow_inf_nan=False):
     sharding_strategy: Literal["no_shard", "full_shard"] = Field(
         "no_shard", description="full_shard: weights of every role lie spread over the processes (torch's fully_shard)"
     )
+    use_8bit_adam: bool = Field(False, description="moments of the optimiser in 8 bits (bitsandbytes)")
+
+    attention: Literal["auto", "sdpa", "xformers", "flash"] = Field(
+        "auto", description="kernel; auto: xformers on a GPU where it works, else torch's own"
+    )
+    gradient_checkpointing: bool = Field(False, description="compute blocks again in the backward instead of keeping")
+    compile: bool = Field(False, description="networks by torch.compile")
+    channels_last: bool = Field(False, description="memory format of UNets")
+    base_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the teacher's weights but its autoencoder's; what is trained stays in float32"
+    )
+    quantization_config: Literal["nf4", "int8"] | None = Field(
+        None, description="of the frozen base of a LoRA (bitsandbytes)"
+    )
+    offload_encoders: bool = Field(
+        True, description="text encoder and autoencoder wait on the CPU while networks train"
+    )
 
     logging_steps: int = Field(10, ge=1)
     checkpointing_steps: int = Field(500, ge=1)
@@ -72,6 +89,13 @@ class TrainConfig(DataConfig, extra="forbid", frozen=True, allow_inf_nan=False):
     collapse_alarm: bool = Field(
         True, description="stop when student samples collapse; its reference is the preflight's"
     )
+
+    @field_validator("quantization_config")
+    @classmethod
+    def _of_a_base(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("student") == "full":
+            raise ValueError("needs student: lora; full students are trained copies of the base, in float32")
+        return value
 
     @field_validator("name")
     @classmethod

@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.distill import checkpoint, sharding
+from fewstep.distill import checkpoint, efficiency, sharding
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Distiller, Losses, Role
+from fewstep.distill.efficiency import LOWER
 from fewstep.distill.interrupt import Interrupted, Signals
 from fewstep.distill.networks import average_gradients, mean, require_grad, swapped, update_average
 from fewstep.distill.random import generator
@@ -25,7 +26,6 @@ from fewstep.distill.safeguards import CollapseAlarm
 from fewstep.samplers.errors import UserError
 
 NON_FINITE = "non-finite losses"
-LOWER = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def learning_rate(config: TrainConfig, base: float, iteration: int) -> float:
@@ -69,15 +69,8 @@ class Trainer:
             self.average = {k: p.detach().clone() for k, p in self.roles["student"].parameters.items()}
 
     def _optimizer(self, name: str, role: Role) -> Any:
-        c = self.config
-        optimizer = torch.optim.AdamW(
-            list(role.parameters.values()),
-            self.rates[name],
-            betas=(c.adam_beta1, c.adam_beta2),
-            eps=c.adam_epsilon,
-            weight_decay=c.adam_weight_decay,
-        )
-        return self.accelerator.prepare(optimizer)
+        made = efficiency.optimizer(self.config, list(role.parameters.values()), self.rates[name])
+        return self.accelerator.prepare(made)
 
     def run(self) -> None:
         """Train to the last iteration, writing logs, previews and checkpoints."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 class Adapted:
@@ -51,3 +54,31 @@ def adapters_added(module: nn.Module) -> None:
 def bare(network: Any) -> nn.Module:
     """The module behind a view with an adapter."""
     return network.module if isinstance(network, Adapted) else network
+
+
+def checkpointed(network: nn.Module) -> None:
+    """diffusers' gradient checkpointing, with the adapter of the forward active again while it is computed once more.
+
+    By then another role was asked: diffusers' own function would compute with that one's adapter.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _active(network, getattr(network, "_fewstep_active", ()))
+
+    def run(block: Any, *args: Any) -> Any:
+        return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+
+    network.enable_gradient_checkpointing(run)  # type: ignore[operator]
+
+
+@contextmanager
+def _active(network: nn.Module, adapter: Any) -> Iterator[None]:
+    """Within the block that adapter is active; () where none was ever chosen."""
+    before: Any = getattr(network, "_fewstep_active", ())
+    if adapter != ():
+        activate(network, adapter)
+    try:
+        yield
+    finally:
+        if before != ():
+            activate(network, before)

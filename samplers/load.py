@@ -74,8 +74,12 @@ def class_of(source: str | Path, revision: str | None = None) -> str:
         UserError: a missing or broken folder, or a repository that cannot be read, in one line.
     """
     path = Path(resolve(source))
-    if holds_lora(path):
-        return read_manifest(path).pipeline
+    return read_manifest(path).pipeline if holds_lora(path) else index_of(source, revision)["_class_name"]
+
+
+def index_of(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """`model_index.json` of a pipeline: the class, and [library, class] of each component; UserError as for `class_of`."""
+    path = Path(resolve(source))
     if path.is_dir():
         index = path / "model_index.json"
         if not index.is_file():
@@ -85,7 +89,9 @@ def class_of(source: str | Path, revision: str | None = None) -> str:
     else:
         raise UserError(f"{source}: no such folder, and not a hub id of the form ORG/NAME")
     try:
-        return json.loads(index.read_text())["_class_name"]
+        found = json.loads(index.read_text())
+        found["_class_name"]
+        return found
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{index}: not a pipeline's index ({error})") from error
 

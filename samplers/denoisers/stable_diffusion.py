@@ -49,7 +49,8 @@ class StableDiffusion(Denoiser):
 
     def with_guidance_input(self) -> Denoiser:
         unet: Any = bare(self.network)
-        new = type(unet).from_config({**unet.config, "time_cond_proj_dim": GUIDANCE_DIMENSIONS})
+        with torch.device(unet.device):  # without weights where the base has none
+            new = type(unet).from_config({**unet.config, "time_cond_proj_dim": GUIDANCE_DIMENSIONS})
         missing, _ = new.load_state_dict(unet.state_dict(), strict=False)
         assert missing == ["time_embedding.cond_proj.weight"]
         # published scripts leave it random; zero, the student starts as the teacher

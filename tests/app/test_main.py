@@ -196,6 +196,16 @@ def test_a_dry_run_prints_config_roles_and_cost_and_writes_nothing(fewstep: Comm
     assert not any(tmp_path.iterdir())
 
 
+def test_a_plan_prints_what_fits_and_writes_nothing(fewstep: Command, config: Path, tmp_path: Path):
+    answer = fewstep("train", config, "--plan", "--memory", "24GiB", f"output_dir={tmp_path / 'runs'}")
+    assert (answer.code, answer.err) == (0, "")
+    assert "this config: LoRA on a shared base, 0." in answer.out
+    assert "which fits" in answer.out
+    assert not any(tmp_path.iterdir())
+    refused(fewstep("train", config, "--plan", "--memory", "much"), "--memory much", "such as 24GiB")
+    refused(fewstep("train", config, "--memory", "24GiB"), "--memory", "goes with --plan")
+
+
 def test_the_module_is_the_same_command(
     fewstep: Command, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -1,0 +1,132 @@
+"""How networks run: precision of what is frozen, attention, checkpointing, compilation, memory format, the optimiser.
+
+Nothing here changes what is trained; each part is diffusers' or torch's own, refused in one line where it cannot run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fewstep.distill.config import TrainConfig
+from fewstep.distill.distiller import Role
+from fewstep.samplers.adapters import bare, checkpointed
+from fewstep.samplers.attention import use_attention
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
+
+LOWER = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, **LOWER}
+VARIANTS = 64
+"""Compiled forms of one network: each adapter, with and without gradients, each batch size."""
+
+
+def refuse(config: TrainConfig) -> None:
+    """UserError, before any weight loads, for what cannot run on this machine."""
+    if config.use_8bit_adam:
+        _bitsandbytes("use_8bit_adam", "leave it out for torch's AdamW")
+    if config.quantization_config is not None:
+        _bitsandbytes("quantization_config", "base_dtype: bf16 halves the base without it")
+    if config.compile:
+        try:
+            torch.compile(lambda x: 2 * x + 1)(torch.ones(4, device="cuda" if torch.cuda.is_available() else "cpu"))
+        except Exception as error:  # no C++ compiler, no Triton: each says so in its own kinds
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise UserError(
+                f"compile: torch.compile fails here ({lines[0] if lines else type(error).__name__})"
+            ) from error
+
+
+def _bitsandbytes(key: str, instead: str) -> Any:
+    try:
+        package = importlib.import_module("bitsandbytes")
+    except ImportError:
+        raise UserError(f"{key}: needs bitsandbytes; pip install bitsandbytes, or {instead}") from None
+    if not torch.cuda.is_available():
+        raise UserError(f"{key}: bitsandbytes needs a GPU; {instead}")
+    return package
+
+
+def loading(config: TrainConfig, networks: Iterable[str]) -> dict[str, Any]:
+    """Arguments of the teacher's `from_pretrained`: types of its weights, and the quantisation of its networks.
+
+    The autoencoder stays in float32: those of SDXL and SD 2 overflow in float16.
+    """
+    dtype = DTYPES[config.base_dtype]
+    arguments: dict[str, Any] = {}
+    if config.base_dtype != "fp32":
+        arguments["torch_dtype"] = {"default": dtype, "vae": torch.float32}
+    if config.quantization_config is not None:
+        from diffusers import PipelineQuantizationConfig
+
+        four = config.quantization_config == "nf4"
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        arguments["quantization_config"] = PipelineQuantizationConfig(
+            quant_backend="bitsandbytes_4bit" if four else "bitsandbytes_8bit",
+            quant_kwargs={"load_in_4bit": True, **nf4} if four else {"load_in_8bit": True},
+            components_to_quantize=list(networks),
+        )
+    return arguments
+
+
+def cast_base(config: TrainConfig, teacher: Denoiser) -> None:
+    """What `loading` asks of files, of a teacher that is in memory already."""
+    if config.quantization_config is not None:
+        raise UserError("quantization_config: weights are quantised while they load; name the teacher by its source")
+    if config.base_dtype != "fp32":
+        for name, component in teacher.pipeline.components.items():
+            if isinstance(component, nn.Module) and name != "vae":
+                component.to(DTYPES[config.base_dtype])
+
+
+def apply(config: TrainConfig, roles: dict[str, Role], device: torch.device) -> list[str]:
+    """Set every network of the roles as the config says; lines to say.
+
+    To be called when all roles are made: copies take neither compiled code nor a guidance input's new network along.
+    """
+    networks = {id(m): m for role in roles.values() for n in role.denoiser.networks.values() if (m := bare(n))}
+    dtype = LOWER.get(config.mixed_precision) or roles["student"].denoiser.network.dtype
+    said = [use_attention(networks.values(), config.attention, device, dtype)]
+    for network in networks.values():
+        if config.channels_last:
+            channels_last(network)
+        if config.gradient_checkpointing:
+            if not getattr(network, "_supports_gradient_checkpointing", False):
+                raise UserError(f"gradient_checkpointing: {type(network).__name__} does not support it; leave it out")
+            checkpointed(network)
+        if config.compile:
+            compiled(network)
+    return said
+
+
+def channels_last(network: nn.Module) -> None:
+    """Channels last in memory, which convolutions of half precision on GPUs are faster with; same results.
+
+    UserError for a network without 2D convolutions beside the one that cuts patches.
+    """
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != m.stride]
+    if len(layers) < 2:
+        raise UserError(f"channels_last: {type(network).__name__} is no network of 2D convolutions; leave it out")
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def compiled(network: nn.Module, backend: str = "inductor") -> None:
+    """Compile a network in place; a switch of its adapter is another compiled form, not a wrong one."""
+    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    network.compile(backend=backend)
+
+
+def optimizer(config: TrainConfig, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' with moments of 8 bits."""
+    make: Any = torch.optim.AdamW
+    if config.use_8bit_adam:
+        make = _bitsandbytes("use_8bit_adam", "leave it out for torch's AdamW").optim.AdamW8bit
+    c = config
+    made = make(
+        parameters, rate, betas=(c.adam_beta1, c.adam_beta2), eps=c.adam_epsilon, weight_decay=c.adam_weight_decay
+    )
+    return cast(torch.optim.Optimizer, made)

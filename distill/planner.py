@@ -1,0 +1,147 @@
+"""What a run needs in memory, before anything loads: a table of what could be done, and what fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.distill.config import ConfigError, TrainConfig
+from fewstep.distill.console import columns
+from fewstep.distill.distiller import Distiller
+from fewstep.distill.memory import Need, bytes_of, need
+from fewstep.samplers.adapters import bare
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.skeleton import skeleton
+
+GIB = 2**30
+UNITS = {"gib": 2**30, "g": 2**30, "": 2**30, "mib": 2**20, "m": 2**20, "gb": 10**9, "mb": 10**6}
+NOTE = (
+    "activations: the tensors that autograd keeps of one call of the student at this batch size, by their shapes, times "
+    "the rows with a graph that the method's losses hold (an upper bound); with checkpointing the inputs of all blocks and "
+    "the inside of the largest; attention by a fused kernel. Buffers of kernels and the allocator's rounding come on top: "
+    "keep a tenth free"
+)
+
+
+def strategies(config: TrainConfig, devices: int) -> Iterator[tuple[str, TrainConfig, bool, int]]:
+    """Name, config, checkpointing, devices: what could be done, each with the config's other settings."""
+    lora = {"student": "lora"}
+    full = {"student": "full", "quantization_config": None}
+    bf16 = {"base_dtype": "bf16", "quantization_config": None}
+    yield "LoRA on a shared base", config.model_copy(update=lora), False, 1
+    yield "  checkpointing", config.model_copy(update=lora), True, 1
+    yield "  checkpointing, base bf16", config.model_copy(update=lora | bf16), True, 1
+    yield "  checkpointing, base nf4", config.model_copy(update=lora | bf16 | {"quantization_config": "nf4"}), True, 1
+    yield f"  checkpointing, FSDP over {devices}", config.model_copy(update=lora), True, devices
+    yield "full copies", config.model_copy(update=full), False, 1
+    yield "  checkpointing", config.model_copy(update=full), True, 1
+    yield f"  checkpointing, FSDP over {devices}", config.model_copy(update=full), True, devices
+
+
+def plan(config: TrainConfig, memory: str | None = None, devices: int = 8, base: Denoiser | None = None) -> str:
+    """A table of strategies, what fits, and how activations are estimated.
+
+    Args:
+        config: the run's.
+        memory: of one device, e.g. `24GiB`; default: that of this machine's GPU, if it has one.
+        devices: that the sharded rows count with.
+        base: the teacher on the meta device, instead of the config's.
+
+    Raises:
+        UserError, ConfigError: what is wrong, in one line.
+    """
+    from fewstep.distill.run import methods_distiller, networks_of
+
+    limit = limit_of(memory)
+    if devices < 2:
+        raise ConfigError(f"--devices {devices}: of the sharded rows; must be 2 or more")
+    base = skeleton(config.teacher, config.revision) if base is None else base
+    base = base.at(base.latent_shape(config.height, config.width, config.num_frames))
+    found: dict[str, tuple[Need | str, TrainConfig, bool, int]] = {}
+    made: dict[str, Distiller | str] = {}
+    known: dict[Any, int] = {}
+    for kind in ("full", "lora"):  # adapters are added to the base, so copies are made first
+        asked = config.model_copy(update={"student": kind})
+        try:
+            made[kind] = methods_distiller(asked, networks_of(asked, base))
+        except UserError as error:
+            made[kind] = str(error)
+    if all(isinstance(method, str) for method in made.values()):
+        raise UserError(str(made["lora"]))
+    group = ""
+    for name, asked, checkpointing, over in strategies(config, devices):
+        group = group if name.startswith(" ") else name
+        method = made[asked.student]
+        row = method if isinstance(method, str) else need(asked, method, base, checkpointing, over, known=known)
+        found[f"{group},{name[1:]}" if name.startswith(" ") else name] = (row, asked, checkpointing, over)
+    return _text(config, base, found, limit, made)
+
+
+def _text(config: TrainConfig, base: Denoiser, found: dict[str, Any], limit: int | None, made: dict[str, Any]) -> str:
+    table = [["strategy", "weights", "gradients", "optimiser", "activations", "total", *(["fits"] if limit else [])]]
+    for name, (row, *_) in found.items():
+        if isinstance(row, str):
+            continue
+        cells = [row.weights, row.gradients, row.optimizer, row.activations, row.total]
+        table.append([name, *map(_gib, cells), *(["yes" if row.total <= limit else "no"] if limit else [])])
+    count = sum(p.numel() for n in base.networks.values() for k, p in bare(n).named_parameters() if ".lora_" not in k)
+    trained = [["trained role", *(f"{kind}" for kind in ("lora", "full"))]]
+    for role in made["full"].roles() if not isinstance(made["full"], str) else made["lora"].roles():
+        sizes = [_size(made[kind], role) for kind in ("lora", "full")]
+        if any(s != "-" for s in sizes):
+            trained.append([role, *sizes])
+    rest = sum(
+        bytes_of(m) for n, m in base.pipeline.components.items() if isinstance(m, nn.Module) and n not in base.networks
+    )
+    lines = [
+        f"{type(base.pipeline).__name__}: {count:,} parameters in {' and '.join(base.networks)}, batch "
+        f"{config.train_batch_size}, latents {'x'.join(map(str, base.latent_shape(config.height, config.width, config.num_frames)))}",
+        "",
+        columns(trained),
+        "",
+        columns(table) + "\n(GiB on each device)",
+        "",
+    ]
+    lines += [f"{name}: {row}" for name, (row, *_) in found.items() if isinstance(row, str)]
+    own = next(
+        (name for name, (row, asked, ck, over) in found.items()
+         if over == 1 and asked.model_dump() == config.model_dump() and ck == config.gradient_checkpointing), None,
+    )  # fmt: skip
+    if limit:
+        fits = [name for name, (row, *_) in found.items() if not isinstance(row, str) and row.total <= limit]
+        lines.append(f"{_gib(limit)} GiB hold: {'; '.join(fits) if fits else 'none of these'}")
+    if own is not None and not isinstance(found[own][0], str):
+        total = found[own][0].total
+        verdict = "" if not limit else ", which fits" if total <= limit else ", which does not fit"
+        lines.append(f"this config: {own}, {_gib(total)} GiB{verdict}")
+    lines.append(
+        f"text encoder and autoencoder: {_gib(rest)} GiB in float32, beside the networks while they encode"
+        + ("" if config.offload_encoders else " and, with offload_encoders: false, while they train")
+    )
+    lines.append(NOTE)
+    return "\n".join(lines)
+
+
+def _size(method: Any, role: str) -> str:
+    if isinstance(method, str) or role not in method.roles() or not method.roles()[role].trained:
+        return "-"
+    return f"{sum(p.numel() for p in method.roles()[role].parameters.values()):,}"
+
+
+def _gib(n: float) -> str:
+    return f"{n / GIB:.2f}" if n < 100 * GIB else f"{n / GIB:.0f}"
+
+
+def limit_of(memory: str | None) -> int | None:
+    """Bytes of `24GiB`, `24` or `80GB`; of None the GPU's, if there is one."""
+    if memory is None:
+        return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", memory.lower())
+    if match is None or match[2] not in UNITS or float(match[1]) <= 0:
+        raise ConfigError(f"--memory {memory}: not an amount of memory such as 24GiB")
+    return int(float(match[1]) * UNITS[match[2]])

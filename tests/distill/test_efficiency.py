@@ -1,0 +1,240 @@
+"""How networks run changes nothing of what is trained; what cannot run here is refused before weights load."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.distill import efficiency
+from fewstep.distill.config import ConfigError
+from fewstep.distill.networks import Networks, require_grad
+from fewstep.distill.run import refuse, train
+from fewstep.samplers.adapters import Adapted, adapters_added, bare, checkpointed
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import denoiser_of, load
+from tests.distill.runs import config, metrics, write_images
+from tests.distill.test_networks import ask, gradients, three
+from tests.pipelines import tiny_stable_diffusion, tiny_wan
+
+SMALL = {"max_train_steps": 3, "train_batch_size": 2, "checkpointing_steps": 3, "steps": [2], "method": "dmd2"}
+GAN = {"gan_weight": 0.01, "fake_score_updates": 2}
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Callable[..., Any]:
+    """A config on a folder of pictures, with changes."""
+    images = write_images(tmp_path / "images", 5)
+    return lambda **changes: config(tmp_path, train_data=str(images), **(SMALL | GAN | changes))
+
+
+def teacher() -> Denoiser:
+    return denoiser_of(tiny_stable_diffusion())
+
+
+def last(folder: Path) -> dict[str, str]:
+    """Hash of each file of a run's last checkpoint."""
+    return json.loads((folder / "checkpoints/step-000003/manifest.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_checkpointing_trains_the_same_bits(settings: Callable[..., Any], kind: str):
+    """Student, fake score, teacher and a discriminator that stops at the middle block, over three iterations."""
+    without, folder = (
+        train(settings(student=kind, gradient_checkpointing=on, name=str(on)), teacher=teacher())
+        for on in (False, True)
+    )
+    assert last(folder) == last(without)
+    assert metrics(folder) == metrics(without)
+
+
+def counted(denoiser: Denoiser, calls: list[int]) -> Denoiser:
+    """Notes each call of the first block."""
+    denoiser.network.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    return denoiser
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_recomputation_has_the_adapter_of_its_forward(kind: str):
+    """A student's forward; the fake score and the teacher are asked; then the student's backward, block by block."""
+    plain, roles = three(kind), three(kind)
+    require_grad(plain, ["student"])
+    ask(plain["student"].denoiser).square().mean().backward()
+    for network in {id(n): n for r in roles.values() for n in map(bare, r.denoiser.networks.values())}.values():
+        checkpointed(network)
+    require_grad(roles, ["student"])
+    calls: list[int] = []
+    student = counted(roles["student"].denoiser, calls)
+    kept = ask(student).square().mean()
+    ask(roles["fake_score"].denoiser)
+    ask(roles["teacher"].denoiser)
+    before, state = len(calls), getattr(bare(student.network), "_fewstep_active", None)
+    kept.backward()
+    assert len(calls) == before + 1
+    assert getattr(bare(student.network), "_fewstep_active", None) == state
+    expected, got = gradients(plain["student"]), gradients(roles["student"])
+    assert got.keys() == expected.keys()
+    assert all(got[k].equal(expected[k]) for k in expected)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_compiled_networks_follow_their_adapter():
+    """One compiled network with two adapters and none: in turn, twice, with and without gradients, three answers."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 4))
+    for name in ("student", "fake_score"):
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "2"]), network, adapter_name=name)
+    adapters_added(network)
+    for key, p in network.named_parameters():
+        torch.nn.init.normal_(p)
+        p.requires_grad_(".lora_" in key)
+    x, frames = torch.randn(3, 4), []
+
+    def answers() -> list[Tensor]:
+        found = []
+        for name in ("student", None, "fake_score") * 2:
+            for grad in (False, True):
+                with torch.set_grad_enabled(grad):
+                    found.append(Adapted(network, name)(x))
+        found[1].square().sum().backward()
+        return [y.detach() for y in found] + [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        frames.append(graph)
+        return graph.forward
+
+    expected = answers()
+    network.zero_grad()
+    efficiency.compiled(network, backend)  # type: ignore[arg-type]
+    got = answers()
+    assert len(got) == len(expected) == 12 + 4
+    assert all(a.equal(b) for a, b in zip(got, expected, strict=True))
+    assert not expected[0].equal(expected[2])
+    assert len(frames) >= 3
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_channels_last_is_a_layout(settings: Callable[..., Any], kind: str):
+    """The weights lie otherwise, the numbers are the same to rounding, and the student is written and read."""
+    made, rate = teacher(), {"learning_rate": 1e-4}
+    plain = train(settings(student=kind, name="plain", **rate), teacher=teacher())
+    folder = train(settings(student=kind, name="last", channels_last=True, **rate), teacher=made)
+    lines = [metrics(f)[-1] for f in (folder, plain)]
+    assert lines[0] == pytest.approx(lines[1], rel=1e-3, abs=1e-5)
+    assert made.network.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    if kind == "full":
+        got, expected = (load(f / "student").network.state_dict() for f in (folder, plain))
+        for key, value in expected.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-2, atol=1e-3)
+    with pytest.raises(UserError, match="channels_last: WanTransformer3DModel is no network of 2D convolutions"):
+        efficiency.channels_last(denoiser_of(tiny_wan()).network)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_base_dtype_is_of_what_is_frozen(settings: Callable[..., Any], kind: str, tmp_path: Path):
+    """The networks and text encoder in bfloat16, the autoencoder and whatever is trained in float32; from files too."""
+    source = tmp_path / "teacher"
+    tiny_stable_diffusion().save_pretrained(source)
+    asked = settings(student=kind, base_dtype="bf16", teacher=str(source), name="files")
+    loaded = load(source, **efficiency.loading(asked, ["unet"]))
+    made = teacher()
+    efficiency.cast_base(asked, made)
+    for denoiser in (loaded, made):
+        parts = denoiser.pipeline.components
+        types = {n: {p.dtype for p in parts[n].parameters()} for n in ("unet", "text_encoder", "vae")}
+        assert types == {"unet": {torch.bfloat16}, "text_encoder": {torch.bfloat16}, "vae": {torch.float32}}
+    made = Networks(loaded, kind, rank=2)
+    assert {p.dtype for p in made.trained("student").parameters.values()} == {torch.float32}
+    folder = train(asked)
+    exact = train(settings(student=kind, name="fp32", teacher=str(source)))
+    assert metrics(folder)[-1]["student/loss"] == pytest.approx(metrics(exact)[-1]["student/loss"], rel=0.2)
+    if kind == "lora":
+        load(folder)  # its base in float32 is the same base
+
+
+def test_encoders_wait_on_the_cpu_unless_told(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    moved: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Denoiser, "rest", lambda self, device, keep=(): moved.append((device, *keep)))
+    for offload in (True, False):
+        train(settings(max_train_steps=1, offload_encoders=offload, name=str(offload)), teacher=teacher())
+    assert moved == [("cpu",)]
+
+
+class Adam8(torch.optim.AdamW):
+    """A stand-in for bitsandbytes' optimiser."""
+
+
+@pytest.fixture
+def bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("bitsandbytes")
+    module.optim = SimpleNamespace(AdamW8bit=Adam8)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_8bit_optimiser_is_bitsandbytes(settings: Callable[..., Any], bitsandbytes: None):
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    c = settings(use_8bit_adam=True, adam_beta1=0.5, adam_epsilon=1e-6, adam_weight_decay=0.1)
+    made = efficiency.optimizer(c, weights, 0.3)
+    assert type(made) is Adam8
+    assert made.defaults | {"lr": 0.3, "betas": (0.5, 0.999), "eps": 1e-6, "weight_decay": 0.1} == made.defaults
+    assert type(efficiency.optimizer(settings(), weights, 0.3)) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize("key", [{"use_8bit_adam": True}, {"quantization_config": "nf4"}], ids=lambda k: next(iter(k)))
+def test_bitsandbytes_is_asked_for(settings: Callable[..., Any], key: dict, monkeypatch: pytest.MonkeyPatch):
+    name = next(iter(key))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=f"^{name}: needs bitsandbytes; pip install bitsandbytes, or "):
+        refuse(settings(**key))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", ModuleType("bitsandbytes"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=f"^{name}: bitsandbytes needs a GPU; "):
+        refuse(settings(**key))
+
+
+def test_a_quantised_base_is_diffusers_own(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    """The networks alone, as `from_pretrained` takes it; of a LoRA's base only, and only while it loads."""
+    import diffusers
+
+    monkeypatch.setattr(diffusers, "PipelineQuantizationConfig", dict)
+    nf4 = efficiency.loading(settings(quantization_config="nf4", base_dtype="bf16"), ["transformer"])
+    assert nf4["quantization_config"] == {
+        "quant_backend": "bitsandbytes_4bit",
+        "quant_kwargs": {
+            **{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        },
+        "components_to_quantize": ["transformer"],
+    }
+    assert nf4["torch_dtype"] == {"default": torch.bfloat16, "vae": torch.float32}
+    int8 = efficiency.loading(settings(quantization_config="int8"), ["unet"])["quantization_config"]
+    assert (int8["quant_backend"], int8["quant_kwargs"]) == ("bitsandbytes_8bit", {"load_in_8bit": True})
+    assert efficiency.loading(settings(), ["unet"]) == {}
+    with pytest.raises(ConfigError, match=r"^config: quantization_config: needs student: lora; .*; got 'int8'$"):
+        settings(quantization_config="int8", student="full")
+    with pytest.raises(UserError, match="quantization_config: weights are quantised while they load"):
+        efficiency.cast_base(settings(quantization_config="int8"), teacher())
+
+
+def test_compile_is_tried_before_weights_load(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    def broken(function: Any) -> Any:
+        def run(x: Tensor) -> Tensor:
+            raise RuntimeError("\nno C++ compiler\nmore")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    refuse(settings())
+    with pytest.raises(UserError, match=r"^compile: torch.compile fails here \(no C\+\+ compiler\)$"):
+        refuse(settings(compile=True))
