@@ -20,7 +20,7 @@ def evaluate(
             help="Names of figures, with commas; fewstep metrics lists them. Default: what needs no download."
         ),
     ] = None,
-    num: Annotated[int, typer.Option(help="Images of each row.", min=4)] = 256,
+    num: Annotated[int, typer.Option("--num", "-n", help="Images of each row.", min=4)] = 256,
     prompts: Annotated[
         str,
         typer.Option(

@@ -30,6 +30,10 @@ SHOWN, SMALL = 160, 112
 EXTREMES = 4
 """Best and worst prompts of a row."""
 
+LEGEND = (
+    "Bold is the best of a column; ± is one standard error, and rows that are within it of each other do not differ."
+)
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --pale: #666; --line: #ddd; --paper: #fff; --s0: #4269d0; --s1: #d97706;
   --s2: #15803d; --s3: #be123c; --s4: #7c3aed; --s5: #0e7490; }
@@ -40,13 +44,13 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 36px 0 8px; } p { margin: 4px 0 12px; color: var(--pale); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; vertical-align: bottom; white-space: normal; } th:first-child, td:first-child { text-align: left; }
 .best { font-weight: 600; } .arrow, .error { color: var(--pale); font-weight: 400; }
-.plots { display: flex; flex-wrap: wrap; gap: 8px 28px; } svg { display: block; } svg text { fill: var(--ink); }
+.plots, .pair { display: flex; flex-wrap: wrap; gap: 8px 32px; } .pair { gap: 0 4px; } svg { display: block; } svg text { fill: var(--ink); }
 .grid td, .grid th { border: 0; padding: 3px; vertical-align: middle; text-align: left; }
 .grid th { font-size: 12px; font-weight: 400; color: var(--pale); white-space: normal; vertical-align: bottom; }
 .grid td:first-child { white-space: nowrap; padding-right: 12px; } .grid small { color: var(--pale); }
-img { display: block; border-radius: 3px; } img.square { image-rendering: pixelated; }
+.scroll + p { margin-top: 8px; } img { display: block; border-radius: 3px; } img.square { image-rendering: pixelated; }
 details { margin: 6px 0; } summary { cursor: pointer; } .few { display: flex; flex-wrap: wrap; gap: 10px; margin: 8px 0; }
 figure { margin: 0; font-size: 12px; line-height: 1.3; } figcaption { color: var(--pale); margin-top: 4px; }
 """
@@ -57,7 +61,9 @@ def write(path: Path, report: dict[str, Any], rows: Sequence[Row]) -> None:
     names = labels(report["rows"])
     parts = [f"<h1>fewstep evaluate</h1>\n<p>{escape(heading(report))}</p>", _table(report)]
     if notes := report.get("notes"):
-        parts.append("<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>")
+        items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+        said = f"{len(notes)} note{'s' if len(notes) > 1 else ''}"
+        parts.append(f"<details><summary>{said} on these figures</summary><ul>{items}</ul></details>")
     parts.append(_plots(report["rows"]))
     parts.append(_grid(rows, names))
     parts.append(_extremes(rows, names))
@@ -82,7 +88,7 @@ def _table(report: dict[str, Any]) -> str:
     arrows = {"lower": "↓", "higher": "↑"}
     best = {n: _best(n, report["rows"]) for n in head[3:]}
     title = "".join(
-        f'<th title="{escape(METRICS[h].about)}">{h} <span class="arrow">{arrows[METRICS[h].better]}</span></th>'
+        f'<th title="{escape(METRICS[h].about)}">{h.replace("_", "_<wbr>")}&nbsp;<span class="arrow">{arrows[METRICS[h].better]}</span></th>'
         if h in METRICS
         else f"<th>{escape(h)}</th>"
         for h in head
@@ -96,7 +102,7 @@ def _table(report: dict[str, Any]) -> str:
             tail = f' <span class="error">{plus.strip()} {error}</span>' if plus else ""
             cells_.append(f"<td{kind}>{escape(value)}{tail}</td>")
         body.append("<tr>" + "".join(cells_) + "</tr>")
-    return f'<div class="scroll"><table>\n<tr>{title}</tr>\n' + "\n".join(body) + "\n</table></div>"
+    return f'<div class="scroll"><table>\n<tr>{title}</tr>\n' + "\n".join(body) + f"\n</table></div>\n<p>{LEGEND}</p>"
 
 
 def _plain(table: list[list[str]]) -> str:
@@ -125,6 +131,7 @@ def _plots(rows: Sequence[dict[str, Any]]) -> str:
     for name in names:
         levels = [(row["source"], row["metrics"][name]["value"]) for row in rows if row["role"] in ("reference", "folder")
                   and (row["metrics"].get(name) or {}).get("value") is not None]  # fmt: skip
+        pair = []
         for key, axis in (("nfe", "NFE"), ("seconds_per_image", "seconds per image")):
             series: dict[str, list[tuple[float, float, float]]] = {}
             for row in sampled:
@@ -134,7 +141,9 @@ def _plots(rows: Sequence[dict[str, Any]]) -> str:
                     series.setdefault(f"{row['role']} {Path(row['source']).name}", []).append(point)
             if sum(len({x for x, _, _ in points}) for points in series.values()) > 1:
                 lines = {k: sorted(set(points)) for k, points in series.items()}
-                drawn.append(plot(f"{name} ({METRICS[name].better} is better)", axis, lines, dict(levels)))
+                pair.append(plot(f"{name} ({METRICS[name].better} is better)", axis, lines, dict(levels)))
+        if pair:
+            drawn.append(f'<div class="pair">{"".join(pair)}</div>')
     if not drawn:
         return ""
     said = "Bars are standard errors; dashed lines are real images and folders."

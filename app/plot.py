@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT = 430, 260
+WIDTH, HEIGHT = 340, 230
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 34, 62
 COLOURS = 6
 

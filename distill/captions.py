@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fewstep.distill.data import read_prompts, read_text
+from fewstep.distill.data import read_prompts
+from fewstep.distill.sources import read_text
 from fewstep.samplers.errors import UserError
 
 COLUMNS = ("caption", "prompt", "text", "caption_1")

@@ -45,7 +45,7 @@ class Setting:
     def command(self, out: Path, metrics: str = METRICS, *more: object, source: object = None) -> tuple[object, ...]:
         return (
             *("evaluate", source or self.teacher, "--metrics", metrics, "--out", out, "--reference", self.reference),
-            *("--steps", "1", "--teacher-steps", 3, "--num", NUM, "--prompts", self.prompts, "--per-prompt", 2),
+            *("--steps", "1", "--teacher-steps", 3, "-n", NUM, "--prompts", self.prompts, "--per-prompt", 2),
             *("--batch", 4, "--guidance-scale", 1, "--clip-model", self.clip, "--manifold-space", "clip"),
             *more,
         )

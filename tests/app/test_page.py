@@ -50,10 +50,13 @@ class Outline(HTMLParser):
         self.open: list[str] = []
         self.fetched: list[str] = []
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.fetched += [v or "" for k, v in attrs if k in ("src", "href", "data", "srcset")]
         assert tag != "script"
-        if tag not in ("meta", "img", "line", "circle", "polyline", "br"):
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
