@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from fewstep.app.plot import plot
+from fewstep.app.plot import legend, plot
 from fewstep.app.rows import Row
 from fewstep.app.store import read
 from fewstep.distill import checkpoint
@@ -25,7 +25,7 @@ from fewstep.distill.table import cells, costs, heading, labels
 
 COLUMNS = 8
 """Images of a row."""
-SHOWN, SMALL = 160, 112
+SHOWN, SMALL = 128, 112
 """Pixels of their sides, and of those of the best and worst prompts."""
 EXTREMES = 4
 """Best and worst prompts of a row."""
@@ -50,7 +50,7 @@ th { font-weight: 600; vertical-align: bottom; white-space: normal; } th:first-c
 .grid td, .grid th { border: 0; padding: 3px; vertical-align: middle; text-align: left; }
 .grid th { font-size: 12px; font-weight: 400; color: var(--pale); white-space: normal; vertical-align: bottom; }
 .grid td:first-child { white-space: nowrap; padding-right: 12px; } .grid small { color: var(--pale); }
-.scroll + p { margin-top: 8px; } img { display: block; border-radius: 3px; } img.square { image-rendering: pixelated; }
+.legend { color: var(--ink); } .scroll + p { margin-top: 8px; } img { display: block; border-radius: 3px; } img.square { image-rendering: pixelated; }
 details { margin: 6px 0; } summary { cursor: pointer; } .few { display: flex; flex-wrap: wrap; gap: 10px; margin: 8px 0; }
 figure { margin: 0; font-size: 12px; line-height: 1.3; } figcaption { color: var(--pale); margin-top: 4px; }
 """
@@ -127,6 +127,7 @@ def _plots(rows: Sequence[dict[str, Any]]) -> str:
     """Each figure against calls of the network and against seconds; a line for each source."""
     sampled = [row for row in rows if row["nfe"]]
     names = [n for n in dict.fromkeys(n for row in sampled for n in row["metrics"]) if n in METRICS]
+    sources = list(dict.fromkeys(_source(row) for row in sampled))
     drawn = []
     for name in names:
         levels = [(row["source"], row["metrics"][name]["value"]) for row in rows if row["role"] in ("reference", "folder")
@@ -138,16 +139,24 @@ def _plots(rows: Sequence[dict[str, Any]]) -> str:
                 figure = row["metrics"].get(name)
                 if figure and figure["value"] is not None:
                     point = (float(row[key]), figure["value"], figure["stderr"] or 0.0)
-                    series.setdefault(f"{row['role']} {Path(row['source']).name}", []).append(point)
+                    series.setdefault(_source(row), []).append(point)
             if sum(len({x for x, _, _ in points}) for points in series.values()) > 1:
                 lines = {k: sorted(set(points)) for k, points in series.items()}
-                pair.append(plot(f"{name} ({METRICS[name].better} is better)", axis, lines, dict(levels)))
+                pair.append(plot(f"{name} ({METRICS[name].better} is better)", axis, lines, dict(levels), sources))
         if pair:
             drawn.append(f'<div class="pair">{"".join(pair)}</div>')
     if not drawn:
         return ""
     said = "Bars are standard errors; dashed lines are real images and folders."
-    return f'<h2>Quality against cost</h2>\n<p>{said}</p>\n<div class="plots">' + "\n".join(drawn) + "</div>"
+    return (
+        f'<h2>Quality against cost</h2>\n<p>{said}</p>\n{legend(sources)}\n<div class="plots">'
+        + "\n".join(drawn)
+        + "</div>"
+    )
+
+
+def _source(row: dict[str, Any]) -> str:
+    return f"{row['role']} {Path(row['source']).name}"
 
 
 def _grid(rows: Sequence[Row], names: Sequence[str]) -> str:

@@ -6,15 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT = 340, 230
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 34, 62
+WIDTH, HEIGHT = 340, 210
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 34, 42
 COLOURS = 6
 
 Point = tuple[float, float, float]
 """x above 0, y, and the standard error of y."""
 
 
-def plot(title: str, axis: str, series: Mapping[str, Sequence[Point]], levels: Mapping[str, float]) -> str:
+def plot(
+    title: str, axis: str, series: Mapping[str, Sequence[Point]], levels: Mapping[str, float], names: Sequence[str]
+) -> str:
     """An <svg>.
 
     Args:
@@ -22,6 +24,7 @@ def plot(title: str, axis: str, series: Mapping[str, Sequence[Point]], levels: M
         axis: what x is.
         series: points by the name of their line, in order of x.
         levels: horizontal dashed lines by name, e.g. of real images.
+        names: of all lines of the page, whose place gives a line its colour.
     """
     points = [p for line in series.values() for p in line]
     low, high = _span([y + s * e for _, y, e in points for s in (-1, 1)] + list(levels.values()))
@@ -54,9 +57,8 @@ def plot(title: str, axis: str, series: Mapping[str, Sequence[Point]], levels: M
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="var(--pale)" stroke-dasharray="5 4">'
             f"<title>{escape(name)}: {y:.6g}</title></line>"
         )
-    for i, (name, line) in enumerate(series.items()):
-        parts.append(_line(name, line, f"var(--s{i % COLOURS})", across, down))
-    parts.append(_legend(list(series)))
+    for name, line in series.items():
+        parts.append(_line(name, line, colour(names.index(name)), across, down))
     return (
         f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">' + "".join(parts) + "</svg>"
     )
@@ -75,19 +77,15 @@ def _line(name: str, points: Sequence[Point], colour: str, across, down) -> str:
     return "".join(parts)
 
 
-def _legend(names: Sequence[str]) -> str:
-    """Names from left to right under the axis, each as wide as an equal share allows."""
-    share = (WIDTH - LEFT) / max(1, len(names))
-    letters = max(4, int(share / 6.2) - 3)
-    parts = []
-    for i, name in enumerate(names):
-        x, y = LEFT + i * share, HEIGHT - 8
-        text = name if len(name) <= letters else name[: letters - 1] + "…"
-        parts.append(f'<circle cx="{x + 4:.1f}" cy="{y - 4}" r="4" fill="var(--s{i % COLOURS})"/>')
-        parts.append(
-            f'<text x="{x + 12:.1f}" y="{y}" font-size="11">{escape(text)}<title>{escape(name)}</title></text>'
-        )
-    return "".join(parts)
+def legend(names: Sequence[str]) -> str:
+    """Names with the colours of their lines, as a paragraph."""
+    dots = (f'<span style="color: {colour(i)}">●</span> {escape(name)}' for i, name in enumerate(names))
+    return '<p class="legend">' + " &emsp; ".join(dots) + "</p>"
+
+
+def colour(number: int) -> str:
+    """Of a line."""
+    return f"var(--s{number % COLOURS})"
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:

@@ -92,8 +92,9 @@ def test_prompts_that_are_followed_least_and_best(page: str):
 
 def test_points_are_where_their_values_are():
     """From 1 to 4 on a logarithmic axis 2 lies in the middle; y runs from the ends of the bars with a margin of 6%."""
-    svg = plot("t", "NFE", {"a": [(1, 10, 0), (2, 20, 0), (4, 30, 0)]}, {})
+    svg = plot("t", "NFE", {"a": [(1, 10, 0), (2, 20, 0), (4, 30, 0)]}, {}, ["b", "a"])
     points = [(float(x), float(y)) for x, y in re.findall(r'circle cx="([\d.]+)" cy="([\d.]+)" r="3.5"', svg)]
+    assert svg.count("var(--s1)") == 7  # a line, and of each point a circle and a bar
     across, down = [x for x, _ in points], [y for _, y in points]
     assert across[1] - across[0] == pytest.approx(across[2] - across[1], abs=0.11)
     inner = HEIGHT - TOP - BOTTOM
