@@ -30,10 +30,10 @@ from fewstep.distill.evaluation import (
     teacher_of,
 )
 from fewstep.distill.evaluation import figures as of_pictures
-from fewstep.distill.judges import Judges, Weights, one_line
-from fewstep.distill.metric_names import EMOJI, METRICS, check, usable
+from fewstep.distill.judges import Judges, one_line
+from fewstep.distill.metric_names import EMOJI, METRICS, Weights, check, usable
 from fewstep.distill.prompt_sets import prompt_set
-from fewstep.distill.references import read_reference
+from fewstep.distill.references import CACHE, read_reference
 from fewstep.distill.report import COLUMNS, finite, write_json
 from fewstep.distill.seen import Seen, figures, see, see_prompt
 from fewstep.distill.table import label, labels, show
@@ -43,7 +43,6 @@ from fewstep.samplers.manifest import read_manifest
 
 JUDGED = 32
 """Images that are read and judged at once."""
-CACHE = Path("~/.cache/fewstep/statistics")
 
 
 @dataclass(frozen=True)

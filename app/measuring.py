@@ -76,7 +76,7 @@ def evaluate(
     quiet(debug)
     from fewstep.app.evaluate import Request
     from fewstep.app.evaluate import evaluate as run
-    from fewstep.distill.judges import Weights
+    from fewstep.distill.metric_names import Weights
 
     weights = Weights(
         *(inception_weights, clip_model, clip_weights, dino_model, lpips_net, lpips_weights),
@@ -109,7 +109,7 @@ def stats(
     """
     quiet(debug)
     from fewstep.app.stats import stats as run
-    from fewstep.distill.judges import Weights
+    from fewstep.distill.metric_names import Weights
 
     weights = Weights(inception_weights, clip_model, clip_weights, dino_model)
     print(run(folder, out, space, batch_size, weights))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fewstep.distill import checkpoint
 from fewstep.distill.evaluation import bar, device
-from fewstep.distill.judges import SPACES, Judges, Weights, one_line
+from fewstep.distill.judges import Judges, one_line
+from fewstep.distill.metric_names import SPACES, Weights
 from fewstep.metrics.features import each
 from fewstep.metrics.frechet import Running
 from fewstep.metrics.images import image_files

@@ -4,48 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from fewstep.distill.metric_names import FRECHET, KEPT, MANIFOLD, METRICS
+from fewstep.distill.metric_names import FRECHET, KEPT, MANIFOLD, METRICS, SPACES, Weights
 from fewstep.metrics.features import Features
 from fewstep.samplers.errors import UserError
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Where the networks come from, spelt as the command line's options.
-
-    Attributes:
-        inception_weights: a file; None: the published one, from torch's cache or downloaded.
-        clip_model: a name of open_clip, a folder, or hf-hub:ORG/NAME.
-        clip_weights: a tag of open_clip or a file; a folder has its own.
-        dino_model: hub id or folder.
-        lpips_net: alex, vgg or squeeze.
-        lpips_weights: a file of torchvision's weights of it; None: torchvision's cache, or downloaded.
-        aesthetic_weights: a file of LAION's head for that CLIP.
-        hps_weights: a file; None: the package's download.
-        i3d_weights: the TorchScript file of FVD's network.
-        manifold_space: inception, clip or dino: where precision, recall, density and manifold_coverage are taken.
-    """
-
-    inception_weights: str | None = None
-    clip_model: str = "ViT-L-14"
-    clip_weights: str = "openai"
-    dino_model: str = "facebook/dinov2-large"
-    lpips_net: str = "alex"
-    lpips_weights: str | None = None
-    aesthetic_weights: str = "sac+logos+ava1-l14-linearMSE.pth"
-    hps_weights: str | None = None
-    i3d_weights: str = "i3d_torchscript.pt"
-    manifold_space: str = "inception"
-
-
-SPACES = ("inception", "clip", "dino")
-"""Feature spaces of still images."""
 
 
 @contextmanager

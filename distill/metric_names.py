@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import NamedTuple, NoReturn
 
@@ -111,10 +112,50 @@ GIVEN = {
 """How what a figure needs is supplied."""
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Where the networks come from, spelt as the command line's options.
+
+    Attributes:
+        inception_weights: a file; None: the published one, from torch's cache or downloaded.
+        clip_model: a name of open_clip, a folder, or hf-hub:ORG/NAME.
+        clip_weights: a tag of open_clip or a file; a folder has its own.
+        dino_model: hub id or folder.
+        lpips_net: alex, vgg or squeeze.
+        lpips_weights: a file of torchvision's weights of it; None: torchvision's cache, or downloaded.
+        aesthetic_weights: a file of LAION's head for that CLIP.
+        hps_weights: a file; None: the package's download.
+        i3d_weights: the TorchScript file of FVD's network.
+        manifold_space: inception, clip or dino: where precision, recall, density and manifold_coverage are taken.
+    """
+
+    inception_weights: str | None = None
+    clip_model: str = "ViT-L-14"
+    clip_weights: str = "openai"
+    dino_model: str = "facebook/dinov2-large"
+    lpips_net: str = "alex"
+    lpips_weights: str | None = None
+    aesthetic_weights: str = "sac+logos+ava1-l14-linearMSE.pth"
+    hps_weights: str | None = None
+    i3d_weights: str = "i3d_torchscript.pt"
+    manifold_space: str = "inception"
+
+
+SPACES = ("inception", "clip", "dino")
+"""Feature spaces of still images."""
+
+
 def _refuse(line: str) -> NoReturn:
     from fewstep.samplers.errors import UserError  # its package imports torch
 
     raise UserError(line)
+
+
+def unknown(name: str) -> str:
+    """The line for a name that is no figure's: the nearest and all known."""
+    near = get_close_matches(name.lower(), METRICS, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"metric {name}: unknown; {hint}known: {', '.join(METRICS)}"
 
 
 def parse(text: str) -> list[str]:
@@ -124,9 +165,7 @@ def parse(text: str) -> list[str]:
         _refuse("--metrics: no name; known: " + ", ".join(METRICS))
     for name in names:
         if name not in METRICS:
-            near = get_close_matches(name.lower(), METRICS, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            _refuse(f"metric {name}: unknown; {hint}known: {', '.join(METRICS)}")
+            _refuse(unknown(name))
     return names
 
 

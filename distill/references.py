@@ -13,6 +13,9 @@ from fewstep.metrics.frechet import Gaussian, moments
 from fewstep.metrics.statistics import Statistics, cached, load
 from fewstep.samplers.errors import UserError
 
+CACHE = Path("~/.cache/fewstep/statistics")
+"""Where moments of folders are kept."""
+
 
 def read_reference(source: str, names: Sequence[str], judges: Judges, cache: Path, batch: int = 32) -> Seen:
     """The reference of a folder of images or clips, or of a file of mu and sigma.

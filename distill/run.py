@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from fewstep.distill import cache, report, safeguards
+from fewstep.distill import cache, in_training, report, safeguards
 from fewstep.distill import data as data_sets
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import ConfigError, TrainConfig, load_config
@@ -121,6 +121,9 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         shown = None
         if config.validation_prompts and not keep_encoder:
             shown = cache.conditions(config, teacher, config.validation_prompts)[range(len(config.validation_prompts))]
+        judged = None
+        if config.eval_steps:
+            judged = in_training.prompts_of(config, teacher)
     teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
     networks = networks_of(config, teacher)
     method = methods_distiller(config, networks)
@@ -144,6 +147,9 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     )
     trainer = Trainer(config, accelerator, method, batches, record)
     trainer.alarm.reference = reference if config.collapse_alarm else None
+    if judged is not None and accelerator.is_main_process:
+        steps = in_training.steps_of(config, method.step_counts)
+        trainer.judge = in_training.InTraining(config, *judged, plans[steps], shape)
     if resume:
         trainer.resume()
     trainer.run()

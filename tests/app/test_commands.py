@@ -113,7 +113,7 @@ def test_evaluate_compares_with_the_many_step_picture_of_the_same_noise(
 @pytest.mark.parametrize(
     ("metrics", "said"),
     [
-        ("fdi", "metric fdi: unknown; did you mean fid? known: fid,"),
+        ("fidd", "metric fidd: unknown; did you mean fid? known: fid,"),
         ("coverage", "metric coverage: needs the embedded prompts"),
     ],
 )
