@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,7 +10,10 @@ from datetime import timedelta
 from functools import reduce
 from typing import Any, TypeVar
 
+import torch
+
 from fewstep.distill.evaluation import Progress, bar
+from fewstep.samplers.errors import UserError
 
 T = TypeVar("T")
 
@@ -20,9 +24,12 @@ class Processes:
     def __init__(self) -> None:
         from accelerate import PartialState
 
-        # the first may read a reference for long while the others wait
-        self._state = PartialState(timeout=timedelta(hours=24))
+        # without cpu=True accelerate would let each of a launcher's processes think that it is alone;
+        # and the first may read a reference for long while the others wait
+        self._state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=24))
         self.rank, self.world = self._state.process_index, self._state.num_processes
+        if self.world != (started := int(os.environ.get("WORLD_SIZE", "1"))):
+            raise UserError(f"started as {started} processes, but they cannot speak to each other; start one")
 
     @property
     def first(self) -> bool:
