@@ -41,9 +41,6 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import load_student
 from fewstep.samplers.manifest import read_manifest
 
-JUDGED = 32
-"""Images that are read and judged at once."""
-
 
 @dataclass(frozen=True)
 class Request:
@@ -62,6 +59,7 @@ class Request:
     seed: int = 0
     teacher_steps: int = 50
     batch_size: int = 16
+    judge_batch: int = 32
     cost_batches: Sequence[int] = ()
     weights: Weights = field(default_factory=Weights)
 
@@ -141,8 +139,9 @@ class Evaluation:
         request = self.request
         reference = None
         if request.reference not in (None, "teacher") and self.processes.first:
-            self.processes.say(f"reference: {request.reference}")
-            reference = read_reference(request.reference, self.names, self.judges, CACHE.expanduser(), JUDGED)
+            reference = read_reference(
+                request.reference, self.names, self.judges, CACHE.expanduser(), request.judge_batch
+            )
         if self.real is not None and self.sampled:
             self.judge(real_row(self.root, self.prompts, REAL_SEED, self.processes), None)
         if self._needs_teacher():
@@ -209,11 +208,12 @@ class Evaluation:
             names = [n for n in names if n in EMOJI]
         seen = Seen()
         targets = self.target[0].files if self.target and row.same_noise else None
-        chunks = [range(i, min(i + JUDGED, len(row.files))) for i in range(0, len(row.files), JUDGED)]
+        size, n = self.request.judge_batch, len(row.files)
+        chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
         numbers = [i for chunk in self.processes.share(chunks) for i in chunk]
         network = [n for n in names if n not in EMOJI]
         with self.processes.bar(len(numbers), f"judging {label(row.row)}") as progress, one_line():
-            for keys, images in read_batches(row.files, numbers, JUDGED):
+            for keys, images in read_batches(row.files, numbers, size):
                 prompts = [row.prompts[i] for i in keys] if row.prompts else None
                 target = read([targets[i] for i in keys]) if targets else None
                 see(seen, images, keys, network, self.judges, prompts, target)

@@ -43,6 +43,7 @@ def evaluate(
     teacher_steps: Annotated[int, typer.Option(help="Of the teacher that others are compared with.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Of prompts and images.", min=0)] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch", help="Images sampled at once.", min=1)] = 16,
+    judge_batch: Annotated[int, typer.Option(help="Images judged at once.", min=1)] = 32,
     cost_batches: Annotated[
         str | None, typer.Option(help="Other batch sizes to measure speed and memory at, e.g. 1,64.")
     ] = None,
@@ -85,7 +86,7 @@ def evaluate(
     run(
         Request(
             *(sources, counts, names, num, prompts, out, per_prompt, reference, guidance_scale, scheduler, seed),
-            *(teacher_steps, batch_size, sizes, weights),
+            *(teacher_steps, batch_size, judge_batch, sizes, weights),
         )
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 340, 210
@@ -12,6 +12,8 @@ COLOURS = 6
 
 Point = tuple[float, float, float]
 """x above 0, y, and the standard error of y."""
+Scale = Callable[[float], float]
+"""A value to its place in pixels."""
 
 
 def plot(
@@ -64,7 +66,7 @@ def plot(
     )
 
 
-def _line(name: str, points: Sequence[Point], colour: str, across, down) -> str:
+def _line(name: str, points: Sequence[Point], colour: str, across: Scale, down: Scale) -> str:
     path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y, _ in points)
     parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>']
     for x, y, error in points:

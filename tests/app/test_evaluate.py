@@ -46,7 +46,18 @@ class Setting:
         return (
             *("evaluate", source or self.teacher, "--metrics", metrics, "--out", out, "--reference", self.reference),
             *("--steps", "1", "--teacher-steps", 3, "-n", NUM, "--prompts", self.prompts, "--per-prompt", 2),
-            *("--batch", 4, "--guidance-scale", 1, "--clip-model", self.clip, "--manifold-space", "clip"),
+            *(
+                "--batch",
+                4,
+                "--judge-batch",
+                4,
+                "--guidance-scale",
+                1,
+                "--clip-model",
+                self.clip,
+                "--manifold-space",
+                "clip",
+            ),
             *more,
         )
 
