@@ -12,7 +12,7 @@ PREFIX = "eval/"
 """Before the names of figures among the logged scalars."""
 
 
-class EvalConfig(BaseModel):
+class EvalConfig(BaseModel, frozen=True):
     """Figures every N iterations, on fixed prompts and noise."""
 
     eval_steps: int | None = Field(

@@ -223,7 +223,8 @@ def _figure(
     if name == "cmmd" and reference is not None:
         from fewstep.metrics.mmd import cmmd
 
-        return cmmd(*(F.normalize(k.kept["clip"].tensor(), dim=-1) for k in (seen, reference)))
+        x, y = (F.normalize(k.kept["clip"].tensor(), dim=-1) for k in (seen, reference))
+        return cmmd(x, y)
     if name == "is":
         from fewstep.metrics.inception import inception_score
 
@@ -254,4 +255,4 @@ def _diversity(name: str, seen: Seen, groups: Sequence[int] | None, teacher: See
         columns = [by_prompt(s.kept["clip"].tensor(), groups, vendi)[1] for s in both]
     else:
         columns = [s.scores.column("diversity_lpips") for s in both]
-    return ratio(*columns) if len(columns) == 2 else mean_error(columns[0])
+    return ratio(columns[0], columns[1]) if len(columns) == 2 else mean_error(columns[0])
