@@ -1,64 +1,260 @@
-"""`fewstep evaluate`: figures of students and teachers on the same prompts and noise."""
+"""`fewstep evaluate`: figures of students, teachers and folders of images on the same prompts and noise."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from fewstep.app import page
+from fewstep.app.drawing import draw
+from fewstep.app.processes import Processes
+from fewstep.app.rows import Row, folder_row, is_images, real_row
+from fewstep.app.store import read, read_batches
 from fewstep.distill import picture
-from fewstep.distill.evaluation import Teacher, student_folder, student_sampler, teacher_of
+from fewstep.distill.evaluation import (
+    REAL_SEED,
+    REFERENCE_SEED,
+    Sampler,
+    Teacher,
+    default_metrics,
+    device,
+    reference_pictures,
+    same_size,
+    student_folder,
+    student_sampler,
+    teacher_of,
+)
+from fewstep.distill.evaluation import figures as of_pictures
+from fewstep.distill.judges import Judges, one_line
+from fewstep.distill.metric_names import EMOJI, METRICS, Weights, check, usable
 from fewstep.distill.prompt_sets import prompt_set
-from fewstep.distill.report import Comparison, write_json
+from fewstep.distill.references import CACHE, read_reference
+from fewstep.distill.report import COLUMNS, finite, write_json
+from fewstep.distill.seen import Seen, figures, see, see_prompt
+from fewstep.distill.table import label, labels, show
+from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import load_student
-from fewstep.samplers.manifest import Manifest, read_manifest
+from fewstep.samplers.manifest import read_manifest
 
 
-def evaluate(
-    sources: Sequence[str],
-    steps: Sequence[int],
-    metrics: Sequence[str] | None,
-    num: int,
-    prompts: str,
-    out: Path,
-    guidance: float | None = None,
-    scheduler: str | None = None,
-    seed: int = 0,
-    many_steps: int = 50,
-    batch_size: int = 16,
-) -> dict[str, Any]:
-    """A row for each source and step count; report.json, its table and a picture are written beside each other.
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for."""
 
-    The target of `psnr_to_teacher` is the first source that is a pipeline, or else the teacher of the first student,
-    in `many_steps` steps, itself a row.
+    sources: Sequence[str]
+    steps: Sequence[int]
+    metrics: Sequence[str] | None
+    num: int
+    prompts: str
+    out: Path
+    variants: int | None = None
+    reference: str | None = None
+    guidance: float | None = None
+    scheduler: str | None = None
+    seed: int = 0
+    teacher_steps: int = 50
+    batch_size: int = 16
+    judge_batch: int = 32
+    cost_batches: Sequence[int] = ()
+    weights: Weights = field(default_factory=Weights)
+
+
+def evaluate(request: Request) -> None:
+    """A row for each source and step count, on the terminal and as report.json, .md, .html and .png.
+
+    Images are kept beside them in a folder that ends in .images; of a run that was interrupted only the missing ones
+    are drawn. With several processes each draws and judges its share of the batches, and the first writes.
     """
-    students = {s: read_manifest(folder) for s in sources if (folder := student_folder(s)) is not None}
-    for manifest in students.values():
-        for k in steps:
-            manifest.plan(k)  # refuses a count before anything is sampled
-    comparison = Comparison([prompt_set(prompts, num, seed)], metrics, lambda line: print(line, file=sys.stderr))
-    if "psnr_to_teacher" in comparison.metrics[0]:
-        comparison.add(_target(sources, students).sampler(many_steps, guidance, scheduler), True, batch_size)
-    counts = sorted(set(steps), reverse=True)
-    for source in sources:
-        if source in students:
+    evaluation = Evaluation(request)
+    evaluation.run()
+    if not evaluation.processes.first:
+        return
+    report, out = evaluation.report(), request.out
+    write_json(report, out)
+    page.write(out.with_suffix(".html"), report, evaluation.rows)
+    show(report)
+    print(f"report   {out}\npage     {out.with_suffix('.html')}")
+    if shown := [row for row in evaluation.rows if row.same_noise]:
+        picture.save(picture.labelled(*grid(shown)), out.with_suffix(".png"))
+        print(f"picture  {out.with_suffix('.png')}\nimages   {evaluation.root}")
+
+
+def grid(rows: Sequence[Row]) -> tuple[list[tuple[str, str, Tensor]], list[str]]:
+    """Rows and heads of the picture: the first images of each row, which share prompts and noise."""
+    lines = []
+    for row, said in zip(rows, labels([row.row for row in rows]), strict=True):
+        guided = f"\nguidance {row.row['guidance']:g}" if row.row["role"] == "teacher" else ""
+        lines.append((said, f"{row.row['scheduler']}{guided}", read(row.files[:COLUMNS])))
+    return lines, list(rows[0].prompts or [])[:COLUMNS]
+
+
+class Evaluation:
+    """One evaluation: what its rows share."""
+
+    def __init__(self, request: Request):
+        self.request, self.processes = request, Processes()
+        self.students = {s: read_manifest(f) for s in request.sources if (f := student_folder(s)) is not None}
+        self.folders = [s for s in request.sources if s not in self.students and is_images(s)]
+        for manifest in self.students.values():
+            for k in request.steps:
+                manifest.plan(k)  # refuses a count before anything is sampled
+        self.prompts = prompt_set(request.prompts, request.num, request.seed, request.variants)
+        self.names = list(request.metrics or default_metrics(self.prompts))
+        self.sampled = [s for s in request.sources if s not in self.folders]
+        self._check()
+        self.judges = Judges(request.weights, device())
+        if not self.processes.first:
+            self.processes.wait()
+        self.judges.load(self.names)  # and one process at most downloads
+        if self.processes.first:
+            self.processes.wait()
+        self.real = reference_pictures(self.prompts, self.names)
+        self.rows: list[Row] = []
+        self.target: tuple[Row, Seen] | None = None
+        self.notes: list[str] = []
+
+    def _check(self) -> None:
+        """Refuse figures that no row could have."""
+        given = {"images", "clips"} | ({"reference"} if self.request.reference else set())
+        if self.sampled:
+            given |= {"teacher", "prompts"} | ({"embedded"} if self.prompts.embedded else set())
+            given |= {"variants"} if len(self.prompts) > len(set(self.prompts.groups)) else set()
+        elif self.request.metrics is None:
+            self.names = usable(self.names, given | {"variants"})
+        else:  # whether a folder has prompts is seen when it is read
+            given |= {"prompts", "variants"}
+        check(self.names, given, self.prompts.name)
+        if self.request.reference == "teacher" and not self.sampled:
+            raise UserError("--reference teacher: folders of images have no teacher; name a pipeline or a student too")
+        if not self.names:
+            raise UserError("--metrics: none suits folders of images alone; say e.g. --metrics fid --reference FOLDER")
+
+    def run(self) -> None:
+        """All rows, in the order of the table."""
+        request = self.request
+        reference = None
+        if request.reference not in (None, "teacher") and self.processes.first:
+            reference = read_reference(
+                request.reference, self.names, self.judges, CACHE.expanduser(), request.judge_batch
+            )
+        if self.real is not None and self.sampled:
+            self.judge(real_row(self.root, self.prompts, REAL_SEED, self.processes), None)
+        if self._needs_teacher():
+            row = self._draw(self._target().sampler(request.teacher_steps, request.guidance, request.scheduler))
+            seen = self.judge(row, reference)
+            self.target = (row, seen)
+            if request.reference == "teacher":
+                reference = seen
+        for source in request.sources:
+            for row in self._rows(source):
+                self.judge(row, reference)
+
+    def _needs_teacher(self) -> bool:
+        asks = self.request.reference == "teacher" or any("teacher" in METRICS[n].needs for n in self.names)
+        return asks and bool(self.sampled)
+
+    def _rows(self, source: str) -> Iterator[Row]:
+        if source in self.folders:
+            with one_line():
+                yield folder_row(source, any("clips" in METRICS[n].needs for n in self.names))
+            return
+        counts = sorted(set(self.request.steps), reverse=True)
+        if source in self.students:
             student, manifest = load_student(source, fuse=True)
-            samplers = [student_sampler(student, manifest, source, k) for k in counts]
+            for k in counts:
+                yield self._draw(student_sampler(student, manifest, source, k), manifest.plan(k).model_dump_json())
         else:
             teacher = Teacher(source)
-            samplers = [teacher.sampler(k, guidance, scheduler) for k in counts]
-        for sampler in samplers:
-            comparison.add(sampler, batch_size=batch_size)
-    report = comparison.report()
-    write_json(report, out)
-    picture.save(comparison.picture(), out.with_suffix(".png"))
-    return report
+            for k in counts:
+                yield self._draw(teacher.sampler(k, self.request.guidance, self.request.scheduler))
 
+    def _target(self) -> Teacher:
+        """The teacher that others are compared with: the first pipeline, or else the base of the first student."""
+        for source in self.sampled:
+            if source not in self.students:
+                return Teacher(source)
+        return teacher_of(self.students[self.sampled[0]])
 
-def _target(sources: Sequence[str], students: dict[str, Manifest]) -> Teacher:
-    """The teacher that others are compared with: the first pipeline, or else the base of the first student."""
-    for source in sources:
-        if source not in students:
-            return Teacher(source)
-    return teacher_of(students[sources[0]])
+    @property
+    def root(self) -> Path:
+        """Folder of the images."""
+        return self.request.out.with_suffix(".images")
+
+    def _draw(self, sampler: Sampler, plan: str = "") -> Row:
+        r = self.request
+        return draw(sampler, plan, self.prompts, self.root, r.batch_size, r.cost_batches, self.processes, self._accept)
+
+    def _accept(self, image: Tensor) -> None:
+        """Refuse after one image what no figure could judge."""
+        if self.real is not None:
+            same_size(image, self.prompts, self.real)
+        self._kind(image.ndim == 5)
+        see(Seen(), image, [0], [n for n in self.names if n not in EMOJI], self.judges, self.prompts.prompts[:1])
+
+    def _kind(self, clips: bool) -> None:
+        given = set().union(*(METRICS[n].needs for n in self.names)) - {"images", "clips"}
+        check(self.names, given | {"clips" if clips else "images"}, self.prompts.name)
+
+    def judge(self, row: Row, reference: Seen | None) -> Seen:
+        """Measure a row; each process sees its share of the images, and the first reads the figures."""
+        began = time.monotonic()
+        names = usable(self.names, row.given() | {"reference", "teacher", "images", "clips", "embedded"})
+        if row.row["role"] == "reference":
+            names = [n for n in names if n in EMOJI]
+        seen = Seen()
+        targets = self.target[0].files if self.target and row.same_noise else None
+        size, n = self.request.judge_batch, len(row.files)
+        chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
+        numbers = [i for chunk in self.processes.share(chunks) for i in chunk]
+        network = [n for n in names if n not in EMOJI]
+        with self.processes.bar(len(numbers), f"judging {label(row.row)}") as progress, one_line():
+            for keys, images in read_batches(row.files, numbers, size):
+                prompts = [row.prompts[i] for i in keys] if row.prompts else None
+                target = read([targets[i] for i in keys]) if targets else None
+                see(seen, images, keys, network, self.judges, prompts, target)
+                if progress is not None:
+                    progress(len(keys))
+            if row.groups and any("variants" in METRICS[n].needs for n in network):
+                for group, members in self.processes.share(list(row.members().items())):
+                    see_prompt(seen, read([row.files[i] for i in members]), group, network, self.judges)
+        seen = self.processes.together(seen)
+        if self.processes.first:
+            teacher = self.target[1] if self.target and row.same_noise else None
+            found, notes = figures(network, seen, self.judges, row.groups, reference, teacher)
+            drawings = [n for n in names if n in EMOJI]
+            if drawings and row.row["role"] != "folder":
+                found |= of_pictures(read(row.files), self.prompts, drawings, self.real)
+            found = {n: found[n] for n in self.names if n in found}
+            row.row["metrics"] = {k: {"value": finite(v), "stderr": finite(e)} for k, (v, e) in found.items()}
+            row.scores = seen.scores
+            self.notes += [f"{label(row.row)}: {line}" for line in notes]
+            for line in notes:
+                self.processes.say(f"note: {label(row.row)}: {line}")
+            cost = row.row["seconds_per_image"]
+            said = "" if cost is None else f", {cost:.3f} s an image"
+            took = time.monotonic() - began
+            self.processes.say(f"report: {label(row.row)}: {len(row.files)} images{said}, judged in {took:.0f} s")
+        self.rows.append(row)
+        return seen
+
+    def report(self) -> dict[str, Any]:
+        """What report.json holds."""
+        prompts = self.prompts
+        report: dict[str, Any] = {"schema": 1, "n": len(prompts), "seeds": prompts.seeds, "prompts": prompts.name}
+        if self.real is not None:
+            report["reference_seeds"] = {"reference": REFERENCE_SEED, "real renderings": REAL_SEED}
+        if self.request.reference:
+            report["reference"] = self.request.reference
+        report["networks"] = self._networks()
+        report["notes"] = list(dict.fromkeys(self.notes))
+        return report | {"rows": [row.row for row in self.rows], "blocks": []}
+
+    def _networks(self) -> dict[str, str]:
+        """Names of what judged: its weights, layer and resize."""
+        loaded = ((k, getattr(v, "name", "")) for k, v in vars(self.judges).items())
+        return {k: name for k, name in loaded if isinstance(name, str) and name}

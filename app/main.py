@@ -8,6 +8,9 @@ from typing import Annotated, cast
 
 import typer
 
+from fewstep.app import measuring
+from fewstep.app.options import SOURCE, Debug, Guidance, Scheduler, quiet
+
 app = typer.Typer(
     name="fewstep",
     help="Distil a diffusers pipeline (the teacher) into a student that samples in one to four steps, measure what was "
@@ -17,25 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-SOURCE = "A run (runs/NAME), a student's folder, a pipeline folder, a hub id (ORG/NAME) or embedded:emoji."
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
-Guidance = Annotated[
-    float | None,
-    typer.Option(help="Classifier-free guidance of a teacher, 1 = none. Default: the pipeline's own.", min=0),
-]
-Scheduler = Annotated[
-    str | None,
-    typer.Option(help="Of a teacher: own, ddim, dpmsolver++, euler or unipc. Default: the best known for few steps."),
-]
-
-
-def _quiet(debug: bool) -> None:
-    """Silence the libraries that a command is about to import."""
-    if not debug:
-        from fewstep.distill.console import quiet
-
-        quiet()
 
 
 @app.command()
@@ -99,57 +83,16 @@ def sample(
 
     Example: fewstep sample runs/quickstart -p "a fruit on a blue background" --steps 2 --out fruit.png
     """
-    _quiet(debug)
+    quiet(debug)
     from fewstep.app.sample import sample as run
 
     number = run(source, prompt or [], prompts, steps, seed, n, out, guidance_scale, scheduler)
     print(f"{out}: {number} image{'s' if number != 1 else ''} in {steps} step{'s' if steps != 1 else ''}")
 
 
-@app.command()
-def evaluate(
-    sources: Annotated[list[str], typer.Argument(help=SOURCE, metavar="SOURCE")],
-    steps: Annotated[str, typer.Option(help="Step counts, a row for each and each source.")] = "1,2,4",
-    metrics: Annotated[
-        str | None, typer.Option(help="Names of figures, with commas. Default: those that suit the prompts.")
-    ] = None,
-    num: Annotated[int, typer.Option(help="Images of each row.", min=4)] = 256,
-    prompts: Annotated[
-        str, typer.Option(help="A text file, embedded:emoji, embedded:emoji/full or embedded:emoji/held-out.")
-    ] = "embedded:emoji",
-    out: Annotated[Path, typer.Option(help="The report; a table and a picture stand beside it.")] = Path("report.json"),
-    guidance_scale: Guidance = None,
-    scheduler: Scheduler = None,
-    teacher_steps: Annotated[int, typer.Option(help="Of the target of psnr_to_teacher.", min=1)] = 50,
-    seed: Annotated[int, typer.Option(help="Of prompts and images.", min=0)] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images sampled at once.", min=1)] = 16,
-    debug: Debug = False,
-) -> None:
-    """Measure students and teachers on the same prompts and noise.
-
-    With the embedded prompts: fd_emoji, clip_emoji, coverage and the like. With any: psnr_to_teacher, the distance to
-    the teacher's many-step picture of the same noise, and pixel_distance, the variety among images of one prompt.
-
-    Example: fewstep evaluate runs/quickstart embedded:emoji --steps 1,2,4 --num 256 --out report.json
-    """
-    _quiet(debug)
-    from fewstep.app.evaluate import evaluate as run
-    from fewstep.distill.table import show
-
-    counts = _numbers("--steps", steps)
-    names = [m.strip() for m in metrics.split(",") if m.strip()] if metrics else None
-    show(run(sources, counts, names, num, prompts, out, guidance_scale, scheduler, seed, teacher_steps, batch_size))
-    print(f"report   {out}\npicture  {out.with_suffix('.png')}")
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,2,4", param_hint=option)
-    return numbers
+app.command()(measuring.evaluate)
+app.command()(measuring.stats)
+app.command()(measuring.metrics)
 
 
 @app.command()
@@ -169,7 +112,7 @@ def export(
 
     Example: fewstep export runs/quickstart my-model --format fused
     """
-    _quiet(debug)
+    quiet(debug)
     from fewstep.app.export import export as write
 
     for line in write(run, format, out):
@@ -193,7 +136,7 @@ def playground(
 
     Example: fewstep playground runs/quickstart
     """
-    _quiet(debug)
+    quiet(debug)
     from fewstep.app.playground import playground as serve
 
     serve(sources or [], port)

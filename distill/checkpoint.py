@@ -155,6 +155,14 @@ def prune(folder: Path, newest: Path, limit: int, keep: Path | None = None, good
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 
+def fill(into: dict[str, Tensor], values: dict[str, Tensor], where: Path) -> None:
+    """Copy a checkpoint's tensors into those of a run; UserError where they are of another config."""
+    if into.keys() != values.keys():
+        raise UserError(f"checkpoint {where}: made by another config; start anew under another name=")
+    for key, value in into.items():
+        value.copy_(sharding.part_of(values[key], value))
+
+
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state as flat tensors and JSON (whatever is no tensor)."""
     state = optimizer.state_dict()

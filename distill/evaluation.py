@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewstep.distill.metric_names import BASIC, EMOJI
 from fewstep.distill.prompt_sets import PromptSet
 from fewstep.samplers.baseline import counted, default_scheduler, has_spacing, scheduler_of, stock_images
 from fewstep.samplers.denoisers.base import Denoiser
@@ -25,16 +26,6 @@ from fewstep.samplers.plan import sample
 
 Figures = dict[str, tuple[float, float]]
 """(value, standard error) by name."""
-
-EMOJI = (
-    *("fd_emoji", "fd_emoji_corrected", "clip_emoji", "background_accuracy", "category_accuracy"),
-    *("coverage", "blends", "diversity"),
-)
-"""Figures of pictures whose prompts are the embedded ones."""
-
-BASIC = ("psnr_to_teacher", "pixel_distance")
-"""Figures of any pictures: against the teacher's many-step picture of the same noise, and among those of one prompt."""
-
 
 REFERENCE_SEED, REAL_SEED = 20_000, 40_000
 """Seeds of the real renderings that rows are compared with, and of those that are a row themselves."""
@@ -179,7 +170,7 @@ def draw(
     """
     parts, seconds = [], []
     first = sampler.images(prompts.prompts[:1], prompts.seeds[:1])  # and the first call of a process is slow
-    _same_size(first, prompts, reference)
+    same_size(first, prompts, reference)
     with counted(sampler.networks) as rows:
         for i in range(0, len(prompts), batch_size):
             images, took = timed(sampler, prompts.prompts[i : i + batch_size], prompts.seeds[i : i + batch_size])
@@ -194,15 +185,6 @@ def draw(
 def default_metrics(prompts: PromptSet) -> tuple[str, ...]:
     """The figures of a row unless told."""
     return EMOJI if prompts.embedded else BASIC
-
-
-def check_metrics(names: Sequence[str], prompts: PromptSet) -> None:
-    """Refuse unknown figures, and those that the prompts do not allow."""
-    for name in names:
-        if name not in EMOJI + BASIC:
-            raise UserError(f"metric {name}: unknown; known: {', '.join(EMOJI + BASIC)}")
-        if name in EMOJI and not prompts.embedded:
-            raise UserError(f"metric {name}: needs the embedded prompts, e.g. embedded:emoji, and not {prompts.name}")
 
 
 def reference_pictures(prompts: PromptSet, names: Sequence[str]) -> Tensor | None:
@@ -236,7 +218,7 @@ def figures(
     if reference is not None:
         from fewstep.metrics.emoji.metrics import emoji_metrics
 
-        _same_size(images, prompts, reference)
+        same_size(images, prompts, reference)
         found |= emoji_metrics(images, prompts.prompts, reference, prompts.groups)
     if many is not None and "psnr_to_teacher" in names:
         found["psnr_to_teacher"] = psnr(images, many)
@@ -245,7 +227,8 @@ def figures(
     return {name: found[name] for name in names if name in found}
 
 
-def _same_size(images: Tensor, prompts: PromptSet, reference: Tensor | None) -> None:
+def same_size(images: Tensor, prompts: PromptSet, reference: Tensor | None) -> None:
+    """UserError for images that the embedded judge, who knows those of `reference`, cannot see."""
     if reference is not None and images.shape[1:] != reference.shape[1:]:
         got, want = ("x".join(map(str, s.shape[-2:])) for s in (images, reference))
         what = "clips" if images.ndim == 5 else "images"

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fewstep.distill.data import read_prompts
+from fewstep.distill.captions import is_table, read_captions
 from fewstep.samplers.errors import UserError
 
 FIRST_SEED = 10_000
@@ -69,13 +69,14 @@ EMBEDDED: dict[str, Callable[[], list[str]]] = {
 }
 
 
-def prompt_set(source: str | Sequence[str], n: int, seed: int = 0) -> PromptSet:
+def prompt_set(source: str | Sequence[str], n: int, seed: int = 0, variants: int | None = None) -> PromptSet:
     """N images' prompts, every prompt equally often and in a shuffled order, and their seeds.
 
     Args:
-        source: a text file, one prompt a line, a name of `EMBEDDED`, or the prompts themselves.
+        source: a text file, one prompt a line, a table of captions, a name of `EMBEDDED`, or the prompts themselves.
         n: number of images.
         seed: of the order and of the images' seeds.
+        variants: images of one prompt; default: one of a table (as in COCO-30k), else `per_prompt(n)`.
 
     Raises:
         UserError: an unknown name, a file that cannot be read or holds no prompt.
@@ -87,8 +88,9 @@ def prompt_set(source: str | Sequence[str], n: int, seed: int = 0) -> PromptSet:
     elif source.startswith("embedded:"):
         raise UserError(f"prompts {source}: no such embedded prompts; shipped: {', '.join(EMBEDDED)}")
     else:
-        name, captions = source, read_prompts(source)
-    number = -(-n // per_prompt(n))  # of prompts
+        name, captions = source, read_captions(source)
+        variants = variants or (1 if is_table(source) else None)
+    number = -(-n // min(n, variants or per_prompt(n)))  # of prompts
     rng = random.Random(seed)
     order: list[str] = []
     while len(order) < number:

@@ -25,7 +25,6 @@ from fewstep.distill.evaluation import (
     Sampler,
     Teacher,
     bar,
-    check_metrics,
     default_metrics,
     draw,
     figures,
@@ -51,7 +50,6 @@ class Comparison:
 
     Args:
         sets: the first is the report's own, the others stand behind it as blocks.
-        metrics: names of figures; default: those that suit each set.
         say: told each row as it is done.
         sheets: folder that gets a sheet with all images of each row; of further sets in a folder of their number.
     """
@@ -59,14 +57,11 @@ class Comparison:
     def __init__(
         self,
         sets: Sequence[PromptSet],
-        metrics: Sequence[str] | None = None,
         say: Callable[[str], None] = lambda line: None,
         sheets: Path | None = None,
     ):
         self.sets, self.say, self.sheets = list(sets), say, sheets
-        self.metrics = [list(metrics or default_metrics(s)) for s in self.sets]
-        for prompts, names in zip(self.sets, self.metrics, strict=True):
-            check_metrics(names, prompts)
+        self.metrics = [list(default_metrics(s)) for s in self.sets]
         self.references = [reference_pictures(s, names) for s, names in zip(self.sets, self.metrics, strict=True)]
         self.rows: list[list[dict[str, Any]]] = [[] for _ in self.sets]
         self.shown: list[Tensor] = []
@@ -109,7 +104,7 @@ class Comparison:
     def _keep(self, i: int, row: dict[str, Any], images: Tensor) -> None:
         began = time.monotonic()
         found = figures(images, self.sets[i], self.metrics[i], self.references[i], self.many[i])
-        row["metrics"] = {k: {"value": _finite(v), "stderr": _finite(e)} for k, (v, e) in found.items()}
+        row["metrics"] = {k: {"value": finite(v), "stderr": finite(e)} for k, (v, e) in found.items()}
         self.rows[i].append(row)
         if i == 0:
             self.shown.append(images[:COLUMNS].clone())
@@ -142,7 +137,7 @@ class Comparison:
         return picture.labelled(rows, heads)
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
     """A number as JSON has them: None for what is not finite."""
     return value if math.isfinite(value) else None
 

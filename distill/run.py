@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from fewstep.distill import cache, efficiency, report, safeguards, sharding
+from fewstep.distill import cache, efficiency, in_training, report, safeguards, sharding
 from fewstep.distill import data as data_sets
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import ConfigError, TrainConfig, load_config
@@ -132,6 +132,9 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         shown = None
         if config.validation_prompts and not keep_encoder:
             shown = cache.conditions(config, teacher, config.validation_prompts)[range(len(config.validation_prompts))]
+        judged = None
+        if config.eval_steps:
+            judged = in_training.prompts_of(config, teacher)
     if config.offload_encoders:
         teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
     if sharded:
@@ -164,6 +167,9 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     )
     trainer = Trainer(config, accelerator, method, batches, record)
     trainer.alarm.reference = reference if config.collapse_alarm else None
+    if judged is not None and accelerator.is_main_process:
+        steps = in_training.steps_of(config, method.step_counts)
+        trainer.judge = in_training.InTraining(config, *judged, plans[steps], shape)
     if resume:
         trainer.resume()
     trainer.run()

@@ -13,6 +13,8 @@ def label(row: dict[str, Any]) -> str:
     """`student, 4 steps`."""
     if row["role"] == "reference":
         return "real"
+    if row["role"] == "folder":
+        return f"{Path(row['source']).name}, {row['n']} images"
     return f"{row['role']}, {row['steps']} step{'s' if row['steps'] != 1 else ''}"
 
 
@@ -35,13 +37,26 @@ def cell(value: float | None, error: float | None) -> str:
 
 def cells(block: dict[str, Any]) -> list[list[str]]:
     """Header and rows of a block's table."""
-    names = list(dict.fromkeys(name for row in block["rows"] for name in row["metrics"]))
+    fullest = sorted(block["rows"], key=lambda row: -len(row["metrics"]))  # a teacher lacks what compares with it
+    names = list(dict.fromkeys(name for row in fullest for name in row["metrics"]))
     table = [["row", "NFE", "s/image", *names]]
     for row, said in zip(block["rows"], labels(block["rows"]), strict=True):
         seconds = row["seconds_per_image"]
         figures_ = [cell(*((row["metrics"].get(n) or {}).get(k) for k in ("value", "stderr"))) for n in names]
-        nfe = f"{row['nfe']:g}" if row["role"] != "reference" else "-"
+        nfe = f"{row['nfe']:g}" if row["nfe"] else "-"
         table.append([said, nfe, "-" if seconds is None else f"{seconds:.3f}", *figures_])
+    return table
+
+
+def costs(block: dict[str, Any]) -> list[list[str]]:
+    """Header and rows of what was measured at each batch size."""
+    table = [["row", "batch", "s/image", "images/s", "peak memory"]]
+    for row, said in zip(block["rows"], labels(block["rows"]), strict=True):
+        for cost in row.get("cost", []):
+            peak = cost["peak_memory_bytes"]
+            memory = "-" if peak is None else f"{peak / 2**30:.2f} GiB"
+            seconds, rate = cost["seconds_per_image"], cost["images_per_second"]
+            table.append([said, str(cost["batch_size"]), f"{seconds:.3f}", f"{rate:.3g}", memory])
     return table
 
 
@@ -49,6 +64,8 @@ def heading(block: dict[str, Any]) -> str:
     """What the rows of a table have in common."""
     seeds = block["seeds"]
     said = f"{block['n']} images a row, prompts {block['prompts']}, seeds {seeds[0]} to {seeds[-1]}"
+    if "reference" in block:
+        said += f", reference {block['reference']}"
     if "reference_seeds" in block:
         said += ", real renderings from seeds " + " and ".join(map(str, block["reference_seeds"].values()))
     return said
@@ -58,12 +75,18 @@ def markdown(report: dict[str, Any]) -> str:
     """The tables of a report, aligned so that they read well as they are."""
     parts = []
     for block in [report, *report["blocks"]]:
-        table = cells(block)
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in table]
-        rule = "| " + " | ".join("-" * w for w in widths) + " |"
-        parts.append("\n".join([f"{heading(block)}:", "", lines[0], rule, *lines[1:]]))
+        parts.append(f"{heading(block)}:\n\n{_aligned(cells(block))}")
+        if len(cost := costs(block)) > 1:
+            parts.append(f"What sampling cost, by batch size:\n\n{_aligned(cost)}")
+        parts += [f"- {line}" for line in block.get("notes", [])]
     return "\n\n".join(parts) + "\n"
+
+
+def _aligned(table: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in table]
+    rule = "| " + " | ".join("-" * w for w in widths) + " |"
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def show(report: dict[str, Any]) -> None:

@@ -8,13 +8,14 @@ from typing import Literal
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from fewstep.distill.data_config import DataConfig
+from fewstep.distill.eval_config import PREFIX, EvalConfig
 
 
 class ConfigError(ValueError):
     """Every mistake of a config, one line each: file, key, what is wrong, what would be right."""
 
 
-class TrainConfig(DataConfig, extra="forbid", frozen=True, allow_inf_nan=False):
+class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf_nan=False):
     """What every method takes."""
 
     method: str
@@ -84,7 +85,9 @@ class TrainConfig(DataConfig, extra="forbid", frozen=True, allow_inf_nan=False):
     report_prompts: list[str] | None = Field(
         None, description="files or embedded names, a table each; default: validation_prompts, or those of the training"
     )
-    best_metric: str | None = Field(None, description="keep the checkpoint with the lowest of this logged scalar")
+    best_metric: str | None = Field(
+        None, description="keep the checkpoint with the best of this logged scalar, e.g. student/loss or eval/fid"
+    )
     preflight: bool = Field(True, description="first sample the teacher here and through its stock pipeline")
     collapse_alarm: bool = Field(
         True, description="stop when student samples collapse; its reference is the preflight's"
@@ -103,6 +106,15 @@ class TrainConfig(DataConfig, extra="forbid", frozen=True, allow_inf_nan=False):
         if not name or "/" in name or name.startswith("."):
             raise ValueError("must be one folder name")
         return name
+
+    @field_validator("best_metric")
+    @classmethod
+    def _evaluated(cls, scalar: str | None, info: ValidationInfo) -> str | None:
+        if scalar is not None and scalar.startswith(PREFIX):
+            names = info.data.get("eval_metrics", [])
+            if info.data.get("eval_steps") is None or scalar.removeprefix(PREFIX) not in names:
+                raise ValueError("needs eval_steps, and its figure among eval_metrics")
+        return scalar
 
     @property
     def run_dir(self) -> Path:

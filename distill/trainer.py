@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -56,6 +55,7 @@ class Trainer:
         self.config, self.accelerator, self.method = config, accelerator, method
         self.sharded = config.sharding_strategy == "full_shard"
         self.batches, self.record, self.alarm = batches, record, CollapseAlarm(None)
+        self.judge: Callable[[Any], dict[str, float]] | None = None  # of the main process
         self.roles = method.roles()
         self.iteration = 0
         self.skipped = 0
@@ -182,14 +182,18 @@ class Trainer:
     def _after(self) -> None:
         c, done = self.config, self.iteration
         last = done == c.max_train_steps
-        if last or done % c.logging_steps == 0:
+        judged = c.evaluates(done)
+        if judged and self.judge is not None:
+            with self.averaged():
+                self.scalars |= self.judge(self.roles["student"].denoiser)
+        if last or judged or done % c.logging_steps == 0:
             rate = learning_rate(c, c.learning_rate, done - 1)
             extra = {"skipped": float(self.skipped)} if self.skipped else {}
             self.record.log(done, {"learning_rate": rate, **self.scalars, **extra})
             self._metric_exists()
-        due, stop = last or done % c.checkpointing_steps == 0, self._stopping()
-        value = self.scalars.get(c.best_metric or "")
-        if due and value is not None and (self.best is None or value < self.best[0]):
+        due = last or done % c.checkpointing_steps == 0 or (judged and c.figure_is_best)
+        stop, value = self._stopping(), c.new_best(self.scalars, self.best and self.best[0], judged)
+        if due and value is not None:
             self.best = (value, done)
         if due or stop:  # once an iteration: a whole checkpoint is never written over
             self.save()
@@ -202,7 +206,7 @@ class Trainer:
 
     def _metric_exists(self) -> None:
         """UserError as soon as every role has stepped and none logs `best_metric`."""
-        metric, stepped = self.config.best_metric, {key.split("/")[0] for key in self.scalars}
+        metric, stepped = self.config.best_loss, {key.split("/")[0] for key in self.scalars}
         if metric is not None and metric not in self.scalars and self.optimizers.keys() <= stepped:
             raise UserError(f"best_metric {metric}: never logged; logged: {', '.join(sorted(self.scalars))}")
 
@@ -248,11 +252,11 @@ class Trainer:
         groups, meta = checkpoint.load(whole)
         for name, role in self.roles.items():
             if role.parameters:
-                _fill({k: p.data for k, p in role.parameters.items()}, groups[name], whole)
+                checkpoint.fill({k: p.data for k, p in role.parameters.items()}, groups[name], whole)
         for name, optimizer in self.optimizers.items():
             checkpoint.unpack_optimizer(optimizer, groups[f"optimizer-{name}"], meta["optimizers"][name])
         if self.average is not None:
-            _fill(self.average, groups["average"], whole)
+            checkpoint.fill(self.average, groups["average"], whole)
         if self.accelerator.scaler is not None and "scaler" in meta:
             self.accelerator.scaler.load_state_dict(meta["scaler"])
         self.method.load_state_dict(meta["method"])
@@ -269,10 +273,3 @@ class Trainer:
             return self.signals.came
         flag = torch.tensor(float(self.signals.came), device=self.accelerator.device)
         return mean(self.accelerator, flag).item() > 0
-
-
-def _fill(into: dict[str, Tensor], values: dict[str, Tensor], where: Path) -> None:
-    if into.keys() != values.keys():
-        raise UserError(f"checkpoint {where}: made by another config; start anew under another name=")
-    for key, value in into.items():
-        value.copy_(sharding.part_of(values[key], value))

@@ -78,12 +78,12 @@ def hps(images: Tensor, prompts: Sequence[str], weights: str | Path | None = Non
         version: of the checkpoint that it downloads.
     """
     _check(images, prompts)
-    package = _package("hpsv2.img_score", "hpsv2", "hps")
+    scorer = installed("hpsv2.img_score", "hpsv2", "hps")
     values = torch.empty(len(images))
     for prompt in dict.fromkeys(prompts):  # the package reads its checkpoint at every call
         rows = [i for i, other in enumerate(prompts) if other == prompt]
         cp = None if weights is None else str(weights)
-        found = package.score([_picture(images[i]) for i in rows], prompt, cp=cp, hps_version=version)
+        found = scorer.score([_picture(images[i]) for i in rows], prompt, cp=cp, hps_version=version)
         values[rows] = torch.tensor([float(value) for value in found])
     return values
 
@@ -98,7 +98,7 @@ def image_reward(images: Tensor, prompts: Sequence[str], model: Any = "ImageRewa
     """
     _check(images, prompts)
     if isinstance(model, str):
-        model = _package("ImageReward", "image-reward", "image_reward").load(model)
+        model = installed("ImageReward", "image-reward", "image_reward").load(model)
     with torch.no_grad():
         rewards = [model.score(prompt, _picture(x)) for prompt, x in zip(prompts, images, strict=True)]
     return torch.tensor(rewards, dtype=torch.float32)
@@ -110,7 +110,8 @@ def _check(images: Tensor, prompts: Sequence[str]) -> None:
         raise ValueError(f"needs one prompt for each image; got {len(images)} images and {len(prompts)} prompts")
 
 
-def _package(module: str, distribution: str, metric: str) -> Any:
+def installed(module: str, distribution: str, metric: str) -> Any:
+    """A module of an optional package; ValueError, with the command that installs it, where it is absent."""
     try:
         return import_module(module)
     except ImportError as error:

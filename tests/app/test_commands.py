@@ -112,7 +112,10 @@ def test_evaluate_compares_with_the_many_step_picture_of_the_same_noise(
 
 @pytest.mark.parametrize(
     ("metrics", "said"),
-    [("fid", "metric fid: unknown; known: fd_emoji,"), ("coverage", "metric coverage: needs the embedded prompts")],
+    [
+        ("fidd", "metric fidd: unknown; did you mean fid? known: fid,"),
+        ("coverage", "metric coverage: needs the embedded prompts"),
+    ],
 )
 def test_evaluate_refuses_figures_that_it_has_not(
     fewstep: Command, trained: Path, tmp_path: Path, metrics: str, said: str

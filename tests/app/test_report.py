@@ -10,7 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from fewstep.distill.evaluation import EMOJI, REFERENCE_SEED
+from fewstep.distill.evaluation import REFERENCE_SEED
+from fewstep.distill.metric_names import EMOJI
 from fewstep.distill.picture import cut
 from fewstep.distill.prompt_sets import prompt_set
 from fewstep.distill.report import PICTURE, SHEETS, report_run

@@ -1,0 +1,58 @@
+"""Options that several commands share. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+SOURCE = "A run (runs/NAME), a student's folder, a pipeline folder, a hub id (ORG/NAME) or embedded:emoji."
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Classifier-free guidance of a teacher, 1 = none. Default: the pipeline's own.", min=0),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(help="Of a teacher: own, ddim, dpmsolver++, euler or unipc. Default: the best known for few steps."),
+]
+
+
+def quiet(debug: bool) -> None:
+    """Silence the libraries that a command is about to import."""
+    if not debug:
+        from fewstep.distill.console import quiet
+
+        quiet()
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Positive numbers with commas between them; a usage error otherwise."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,2,4", param_hint=option)
+    return numbers
+
+
+PANEL = "Networks that judge"
+
+
+def _option(help: str) -> object:
+    return typer.Option(help=help, rich_help_panel=PANEL)
+
+
+InceptionWeights = Annotated[str | None, _option("Inception-v3 of FID, a file. Default: torch's cache, or downloaded.")]
+ClipModel = Annotated[str, _option("A model of open_clip, a folder, or hf-hub:ORG/NAME.")]
+ClipWeights = Annotated[str, _option("Of that model: a tag of open_clip, or a file.")]
+DinoModel = Annotated[str, _option("DINOv2: a hub id or a folder.")]
+LpipsNet = Annotated[str, _option("Backbone of LPIPS: alex, vgg or squeeze.")]
+LpipsWeights = Annotated[str | None, _option("Of that backbone, a file. Default: torch's cache, or downloaded.")]
+AestheticWeights = Annotated[str, _option("LAION's aesthetic head for that CLIP, a file.")]
+HpsWeights = Annotated[str | None, _option("Of HPSv2, a file. Default: its package's download.")]
+I3dWeights = Annotated[str, _option("I3D of FVD, a TorchScript file.")]
+ManifoldSpace = Annotated[
+    str, _option("Features of precision, recall, density and manifold_coverage: inception, clip or dino.")
+]

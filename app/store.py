@@ -1,0 +1,146 @@
+"""Images of a row on disk: written as they come, found again after an interruption, read in parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fewstep.distill import checkpoint
+from fewstep.metrics.clips import FRAMES, read_clip
+from fewstep.metrics.images import batches, read_image
+
+ABOUT, COSTS, PROMPTS = "about.json", "costs", "prompts.txt"
+
+
+class Cost(NamedTuple):
+    """What one batch cost."""
+
+    images: int
+    seconds: float
+    rows: int
+    peak: int | None
+
+
+class Store:
+    """The folder of one row: 000000.png and on, of clips a folder of frames each, and what they cost.
+
+    Args:
+        root: of all rows of a report.
+        name: of the row's folder, for people.
+        about: everything that the images depend on; other settings have another folder, so nothing is written over.
+        n: images.
+        clips: whether they are clips.
+    """
+
+    def __init__(self, root: Path, name: Path, about: Mapping[str, Any], n: int, clips: bool = False):
+        said = json.dumps(about, sort_keys=True)
+        self.folder = root / f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:8]}"
+        self.files = [self.folder / f"{i:06d}{'' if clips else '.png'}" for i in range(n)]
+        with checkpoint.writing(self.folder, "name another file with --out"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(self.folder / ABOUT, said + "\n")
+            checkpoint.write_text(self.folder / PROMPTS, "\n".join(about.get("prompts", [])) + "\n")
+
+    def missing(self, size: int) -> list[list[int]]:
+        """Batches of numbers, always the same ones, of which an image is not there."""
+        every = [list(range(i, min(i + size, len(self.files)))) for i in range(0, len(self.files), size)]
+        return [batch for batch in every if not all(self.files[i].exists() for i in batch)]
+
+    def add(self, numbers: Sequence[int], images: Tensor, cost: Cost, rank: int = 0) -> None:
+        """Write a batch, uint8; an image is there whole or not at all, and one that is there stays."""
+        with checkpoint.writing(self.folder, "free some space and run it again; it goes on"):
+            for i, image in zip(numbers, images, strict=True):
+                if not self.files[i].exists():
+                    _write(image, self.files[i])
+            with (self.folder / f"{COSTS}-{rank}.jsonl").open("a") as file:
+                file.write(json.dumps(cost) + "\n")
+
+    def costs(self) -> list[Cost]:
+        """Of all batches, of earlier runs too; a line that a kill cut off is left out."""
+        found = []
+        for path in sorted(self.folder.glob(f"{COSTS}-*.jsonl")):
+            for line in path.read_text().splitlines():
+                try:
+                    found.append(Cost(*json.loads(line)))
+                except (ValueError, TypeError):
+                    continue
+        return found
+
+
+def summary(costs: Sequence[Cost], sizes: Sequence[int]) -> tuple[float, list[dict[str, Any]]]:
+    """NFE of an image, and for each of the batch sizes speed and memory: medians over the batches of that size.
+
+    Where there is no batch of these sizes, of those that there are.
+    """
+    nfe = sum(c.rows for c in costs) / sum(c.images for c in costs)
+    known = {c.images for c in costs}
+    table = []
+    for size in sorted(known & set(sizes) or known):
+        some = [c for c in costs if c.images == size]
+        seconds = statistics.median(c.seconds for c in some) / size
+        peaks = [c.peak for c in some if c.peak is not None]
+        table.append(
+            {
+                "batch_size": size,
+                "seconds_per_image": seconds,
+                "images_per_second": 1 / seconds,
+                "peak_memory_bytes": max(peaks, default=None),
+            }
+        )
+    return nfe, table
+
+
+def plain(name: str) -> str:
+    """A name as a file's name."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "row"
+
+
+def _write(image: Tensor, path: Path) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    if image.ndim == 4:
+        part.mkdir(exist_ok=True)
+        for f, frame in enumerate(image):
+            _png(frame, part / f"{f:03d}.png")
+    else:
+        _png(image, part)
+    os.replace(part, path)
+
+
+def _png(image: Tensor, path: Path) -> None:
+    # level 1: twice as fast as Pillow's 6, files a tenth larger
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path, "PNG", compress_level=1)
+
+
+def read(files: Sequence[Path]) -> Tensor:
+    """Images (N, 3, H, W) or clips (N, F, 3, H, W) of one size, uint8."""
+    return torch.stack([read_clip(f) if _is_clip(f) else read_image(f) for f in files])
+
+
+def read_batches(files: Sequence[Path], numbers: Sequence[int], size: int) -> Iterator[tuple[list[int], Tensor]]:
+    """(numbers, images) of some of the files, at most `size` at once, of one size each."""
+    done = 0
+    if not numbers:
+        return
+    if _is_clip(files[numbers[0]]):
+        parts: Iterator[Tensor] = (
+            read([files[i] for i in numbers[j : j + size]]) for j in range(0, len(numbers), size)
+        )
+    else:
+        parts = batches([files[i] for i in numbers], size)
+    for images in parts:
+        yield list(numbers[done : done + len(images)]), images
+        done += len(images)
+
+
+def _is_clip(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() not in (*FRAMES, ".tif", ".tiff")

@@ -1,0 +1,75 @@
+"""Keys of a config for figures of the student while it trains. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel, Field, PositiveInt, ValidationInfo, field_validator
+
+from fewstep.distill.metric_names import METRICS, Weights, unknown
+
+PREFIX = "eval/"
+"""Before the names of figures among the logged scalars."""
+
+
+class EvalConfig(BaseModel, frozen=True):
+    """Figures every N iterations, on fixed prompts and noise."""
+
+    eval_steps: int | None = Field(
+        None, ge=1, description="figures of the student every so many iterations; none: never"
+    )
+    eval_metrics: list[str] = Field([], validate_default=True, description="of `fewstep metrics`, logged as eval/NAME")
+    eval_num: int = Field(256, ge=4, description="images that they are taken from")
+    eval_prompts: str | None = Field(None, description="a file or embedded name; default: those of the report")
+    eval_sampling_steps: PositiveInt | None = Field(None, description="of the student; default: its fewest")
+    eval_reference: str | None = Field(
+        None, validate_default=True, description="a folder of images, or a .npz of mu and sigma"
+    )
+    eval_weights: Weights = Field(Weights(), description="where the networks that judge come from")
+
+    @field_validator("eval_metrics")
+    @classmethod
+    def _usable(cls, names: list[str], info: ValidationInfo) -> list[str]:
+        for name in names:
+            if name not in METRICS:
+                raise ValueError(unknown(name))
+            if "teacher" in METRICS[name].needs:
+                raise ValueError(f"metric {name}: compares with the teacher's images, which only the report draws")
+        if info.data.get("eval_steps") and not names:
+            raise ValueError("name the figures that eval_steps asks for, e.g. [clip]")
+        return names
+
+    @field_validator("eval_reference")
+    @classmethod
+    def _given(cls, source: str | None, info: ValidationInfo) -> str | None:
+        needy = [n for n in info.data.get("eval_metrics", []) if "reference" in METRICS[n].needs]
+        if needy and source is None:
+            raise ValueError(f"metric {needy[0]} needs a folder of images or a .npz of mu and sigma")
+        return source
+
+    @property
+    def figure_is_best(self) -> bool:
+        """Whether `best_metric` is one of the figures, and no loss."""
+        return (getattr(self, "best_metric", None) or "").startswith(PREFIX)
+
+    @property
+    def best_loss(self) -> str | None:
+        """`best_metric` where it is none of the figures, so that every iteration logs it."""
+        return None if self.figure_is_best else getattr(self, "best_metric", None)
+
+    def evaluates(self, iteration: int) -> bool:
+        """Whether figures are taken after so many iterations: at every `eval_steps`, and after the last."""
+        last = getattr(self, "max_train_steps", None)
+        return self.eval_steps is not None and (iteration % self.eval_steps == 0 or iteration == last)
+
+    def new_best(self, scalars: Mapping[str, float], best: float | None, judged: bool) -> float | None:
+        """The value of `best_metric` where it is better than the best: losses and distances fall, scores rise.
+
+        Figures count only where they were taken (`judged`), and not for the weights of a later iteration.
+        """
+        name = getattr(self, "best_metric", None) or ""
+        value = scalars.get(name)
+        if value is None or (self.figure_is_best and not judged):
+            return None
+        rises = self.figure_is_best and METRICS[name.removeprefix(PREFIX)].better == "higher"
+        return value if best is None or (value > best if rises else value < best) else None

@@ -1,0 +1,125 @@
+"""The networks that judge, each loaded once and only when a figure asks for it; what is missing is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from fewstep.distill.metric_names import FRECHET, KEPT, MANIFOLD, METRICS, SPACES, Weights
+from fewstep.metrics.features import Features
+from fewstep.samplers.errors import UserError
+
+
+@contextmanager
+def one_line(option: str = "") -> Iterator[None]:
+    """What the metrics refuse with ValueError is the user's to mend: as a UserError, with the option that mends it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        hint = f" (here: {option})" if option else ""
+        raise UserError(f"{error}{hint}".replace("\n", " ")) from error
+
+
+class Judges:
+    """Networks by name.
+
+    Args:
+        weights: where they come from.
+        device: where they run.
+
+    Every attribute raises UserError where its weights are missing, with the command or the option that supplies them.
+    """
+
+    def __init__(self, weights: Weights, device: str = "cpu"):
+        if weights.manifold_space not in SPACES:
+            raise UserError(f"--manifold-space {weights.manifold_space}: unknown; known: {', '.join(SPACES)}")
+        self.weights, self.device = weights, device
+
+    @cached_property
+    def inception(self) -> Any:
+        from fewstep.metrics.inception import Inception
+
+        with one_line("--inception-weights FILE"):
+            return Inception(weights=self.weights.inception_weights, device=self.device)
+
+    @cached_property
+    def clip(self) -> Any:
+        from fewstep.metrics.clip import Clip
+
+        with one_line("--clip-model, --clip-weights"):
+            return Clip(self.weights.clip_model, self.weights.clip_weights, self.device)
+
+    @cached_property
+    def dino(self) -> Any:
+        from fewstep.metrics.dino import Dino
+
+        with one_line("--dino-model FOLDER"):
+            return Dino(self.weights.dino_model, self.device)
+
+    @cached_property
+    def lpips(self) -> Any:
+        from fewstep.metrics.lpips import Lpips
+
+        net: Any = self.weights.lpips_net
+        with one_line("--lpips-weights FILE"):
+            return Lpips(net, self.weights.lpips_weights, self.device)
+
+    @cached_property
+    def aesthetic(self) -> Any:
+        from fewstep.metrics.aesthetic import load_head
+
+        with one_line("--aesthetic-weights FILE"):
+            return load_head(self.weights.aesthetic_weights, self.device)
+
+    @cached_property
+    def i3d(self) -> Any:
+        from fewstep.metrics.video import I3D
+
+        with one_line("--i3d-weights FILE"):
+            return I3D(self.weights.i3d_weights, self.device)
+
+    @cached_property
+    def hps(self) -> Callable[[Tensor, Sequence[str]], Tensor]:
+        from fewstep.metrics.aesthetic import hps, installed
+
+        with one_line():
+            installed("hpsv2.img_score", "hpsv2", "hps")
+        return lambda images, prompts: hps(images, prompts, self.weights.hps_weights)
+
+    @cached_property
+    def image_reward(self) -> Callable[[Tensor, Sequence[str]], Tensor]:
+        from fewstep.metrics.aesthetic import image_reward, installed
+
+        with one_line():
+            model = installed("ImageReward", "image-reward", "image_reward").load("ImageReward-v1.0")
+        return lambda images, prompts: image_reward(images, prompts, model)
+
+    def load(self, names: Sequence[str]) -> None:
+        """Load what the figures need, so that missing weights are refused before anything is sampled."""
+        for name in names:
+            network = METRICS[name].network
+            if network == MANIFOLD:
+                network = self.weights.manifold_space
+            if network:
+                getattr(self, network)
+            if network == "aesthetic":
+                getattr(self, "clip")  # noqa: B009  it reads CLIP's features
+
+    def space(self, name: str) -> Features:
+        """A feature space of images."""
+        return getattr(self, "inception" if name == "frames" else name)
+
+    def frechet_spaces(self, names: Sequence[str]) -> list[str]:
+        """Spaces whose moments the figures need."""
+        return list(dict.fromkeys(FRECHET[n] for n in names if n in FRECHET))
+
+    def kept_spaces(self, names: Sequence[str]) -> list[str]:
+        """Spaces of which the figures need every image's features."""
+        spaces = [self.weights.manifold_space if METRICS[n].network == MANIFOLD else KEPT.get(n) for n in names]
+        return list(dict.fromkeys(s for s in spaces if s))
