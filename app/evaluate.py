@@ -38,7 +38,7 @@ from fewstep.distill.report import COLUMNS, finite, write_json
 from fewstep.distill.seen import Seen, figures, see, see_prompt
 from fewstep.distill.table import label, labels, show
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import load_student
+from fewstep.samplers.load import class_of, family, load_student
 from fewstep.samplers.manifest import read_manifest
 
 
@@ -106,6 +106,9 @@ class Evaluation:
         self.prompts = prompt_set(request.prompts, request.num, request.seed, request.variants)
         self.names = list(request.metrics or default_metrics(self.prompts))
         self.sampled = [s for s in request.sources if s not in self.folders]
+        for source in self.sampled:
+            if source not in self.students:
+                family(class_of(source))  # refuses what is no pipeline before anything is drawn
         self._check()
         self.judges = Judges(request.weights, device())
         if not self.processes.first:

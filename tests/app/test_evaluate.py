@@ -286,6 +286,7 @@ def test_a_folder_with_captions_has_a_clip_score(evaluated: dict[str, Any], sett
 @pytest.mark.parametrize(
     ("more", "parts"),
     [
+        (["nothing"], ["nothing: no such folder, and not a hub id"]),
         (["--metrics", "fidd"], ["metric fidd: unknown; did you mean fid? known: fid, fid_infinity, kid"]),
         (["--reference", "nowhere"], ["--reference nowhere: neither a folder of images, nor"]),
         (["--metrics", "cmmd", "--reference", "NPZ"], ["metric cmmd: needs the images of the reference"]),
