@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from fewstep.distill.presets import PRESETS
-from fewstep.distill.train_config import ConfigError, TrainConfig
+from fewstep.distill.train_config import ConfigError, TrainConfig, above
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -49,10 +49,7 @@ class LCMConfig(TrainConfig, frozen=True):
     @field_validator("guidance_scale_max")
     @classmethod
     def _above(cls, value: float | None, info: ValidationInfo) -> float | None:
-        low = info.data.get("guidance_scale")
-        if value is not None and low is not None and value <= low:
-            raise ValueError(f"must exceed guidance_scale {low}")
-        return value
+        return above(value, info, "guidance_scale")
 
     @field_validator("steps")
     @classmethod

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
-from fewstep.distill.train_config import TrainConfig
+from fewstep.distill.train_config import TrainConfig, above
 
 Divergence = Literal["reverse_kl", "huber_kl", "sid", "sim", "f_distill", "uni_instruct"]
 Explicit = ("reverse_kl", "huber_kl", "f_distill")
@@ -148,19 +148,13 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
 
     @field_validator("max_level")
     @classmethod
-    def _above(cls, value: float, info: ValidationInfo) -> float:
-        low = info.data.get("min_level")
-        if low is not None and value <= low:
-            raise ValueError(f"must exceed min_level {low}")
-        return value
+    def _above(cls, value: float, info: ValidationInfo) -> float | None:
+        return above(value, info, "min_level")
 
     @field_validator("guidance_scale_max")
     @classmethod
     def _wider(cls, value: float | None, info: ValidationInfo) -> float | None:
-        low = info.data.get("guidance_scale")
-        if value is not None and low is not None and value <= low:
-            raise ValueError(f"must exceed guidance_scale {low}")
-        return value
+        return above(value, info, "guidance_scale")
 
 
 class DMD2Config(DistributionMatchingConfig, frozen=True):

@@ -15,6 +15,14 @@ class ConfigError(ValueError):
     """Every mistake of a config, one line each: file, key, what is wrong, what would be right."""
 
 
+def above(value: float | None, info: ValidationInfo, key: str) -> float | None:
+    """The value, which must exceed that of another key, checked before it; ValueError where it does not."""
+    low = info.data.get(key)
+    if value is not None and low is not None and value <= low:
+        raise ValueError(f"must exceed {key} {low}")
+    return value
+
+
 class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf_nan=False):
     """What every method takes."""
 
