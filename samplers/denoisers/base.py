@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.condition import Condition, concatenate
+from fewstep.samplers.denoisers.vae import images_of_latents, latents_of_images
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.features import captured, quarters
 from fewstep.samplers.forward_mode import forward_mode
@@ -109,13 +110,13 @@ class Denoiser(ABC):
     ) -> tuple[int, ...]:
         """Shape of one sample (C, ...) for a size in pixels; default: the pipeline's own size."""
 
-    @abstractmethod
     def to_latents(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) or clips (B, F, 3, H, W) in 0..1 to latents, the mode of the encoder."""
+        return latents_of_images(self.pipeline.vae, images)
 
-    @abstractmethod
     def to_images(self, latents: Tensor) -> Tensor:
         """Latents to images or clips, 0..1 but unclamped, differentiable."""
+        return images_of_latents(self.pipeline.vae, latents)
 
     def add_noise(self, mean: Tensor, std: Tensor | float, random: list[torch.Generator]) -> Tensor:
         """`rules.add_noise`, the noise in the layout in which the pipeline's scheduler draws it: one seed, one sample."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.denoisers.class_labels import class_ids, example_labels
-from fewstep.samplers.denoisers.vae import images_of_latents, latents_of_images
 from fewstep.samplers.errors import UserError
 
 NULL = 1000
@@ -69,9 +68,3 @@ class DiT(Denoiser):
     def pixels(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         size = self.network.config.sample_size * 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
         return size, size
-
-    def to_latents(self, images: Tensor) -> Tensor:
-        return latents_of_images(self.pipeline.vae, images)
-
-    def to_images(self, latents: Tensor) -> Tensor:
-        return images_of_latents(self.pipeline.vae, latents)

@@ -11,7 +11,6 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser, pipeline_size
-from fewstep.samplers.denoisers.vae import images_of_latents, latents_of_images
 from fewstep.samplers.noise import NoiseProcess, from_scheduler
 from fewstep.samplers.rules import add_noise
 
@@ -89,9 +88,3 @@ class Flux(Denoiser):
         factor = self.pipeline.vae_scale_factor
         height, width = pipeline_size(height, width, self.pipeline.default_sample_size * factor, 2 * factor)
         return self.network.config.in_channels // 4, height // factor, width // factor
-
-    def to_latents(self, images: Tensor) -> Tensor:
-        return latents_of_images(self.pipeline.vae, images)
-
-    def to_images(self, latents: Tensor) -> Tensor:
-        return images_of_latents(self.pipeline.vae, latents)

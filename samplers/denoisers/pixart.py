@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser, pipeline_size
-from fewstep.samplers.denoisers.vae import images_of_latents, latents_of_images
 
 
 class PixArt(Denoiser):
@@ -58,9 +57,3 @@ class PixArt(Denoiser):
         config, factor = self.network.config, self.pipeline.vae_scale_factor
         height, width = pipeline_size(height, width, config.sample_size * factor, factor * config.patch_size)
         return config.in_channels, height // factor, width // factor
-
-    def to_latents(self, images: Tensor) -> Tensor:
-        return latents_of_images(self.pipeline.vae, images)
-
-    def to_images(self, latents: Tensor) -> Tensor:
-        return images_of_latents(self.pipeline.vae, latents)

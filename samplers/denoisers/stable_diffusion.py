@@ -11,7 +11,6 @@ from torch import Tensor
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser, pipeline_size
-from fewstep.samplers.denoisers.vae import images_of_latents, latents_of_images
 
 UNET_LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -85,9 +84,3 @@ class StableDiffusion(Denoiser):
         config, factor = self.network.config, self.pipeline.vae_scale_factor
         height, width = pipeline_size(height, width, config.sample_size * factor, factor)
         return config.in_channels, height // factor, width // factor
-
-    def to_latents(self, images: Tensor) -> Tensor:
-        return latents_of_images(self.pipeline.vae, images)
-
-    def to_images(self, latents: Tensor) -> Tensor:
-        return images_of_latents(self.pipeline.vae, latents)
