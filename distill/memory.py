@@ -10,7 +10,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,33 @@ class _FusedAttention(TorchFunctionMode):
                 else _Fused.apply(*(kwargs[k] for k in ("query", "key", "value")))
             )
         return func(*args, **(kwargs or {}))
+
+
+class Autocast(TorchFunctionMode):
+    """CUDA's autocast, which does nothing on the meta device: products in `dtype`, norms and powers in float32."""
+
+    lower = (
+        *(functional.linear, functional.conv1d, functional.conv2d, functional.conv3d, torch.matmul, torch.bmm),
+        *(torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, functional.scaled_dot_product_attention),
+    )
+    higher = (
+        *(functional.group_norm, functional.layer_norm, functional.rms_norm, functional.softmax, torch.softmax),
+        *(Tensor.softmax, torch.pow, Tensor.pow, Tensor.__pow__, torch.rsqrt, Tensor.rsqrt, torch.exp, Tensor.exp),
+    )
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dtype = self.dtype if func in self.lower else torch.float32 if func in self.higher else None
+        if dtype is None:
+            return func(*args, **(kwargs or {}))
+
+        def cast(x: Any) -> Any:
+            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        return func(*map(cast, args), **{k: cast(v) for k, v in (kwargs or {}).items()})
 
 
 class _NoPadding(TorchFunctionMode):
@@ -139,15 +166,15 @@ def activations(ask: Callable[[], Any], network: nn.Module, checkpointing: bool 
 
 
 def call(config: TrainConfig, role: Role, shape: tuple[int, ...], prompts: int) -> tuple[Callable[[], Any], nn.Module]:
-    """One call of a role, of this many rows, in the type that it computes in; and the network that takes it."""
+    """One call of a role, of this many rows, in the types that it computes in; and the network that takes it."""
     denoiser = role.denoiser
     network = bare(next(iter(denoiser.networks.values())))
     if role.adapter is not None:
         activate(network, role.adapter)
     require_grad({"role": role}, ["role"])
-    dtype = computed_in(config)
-    if dtype != torch.float32:
-        network = copy.deepcopy(network).to(dtype)
+    if (own := weights_in(config)) != torch.float32:
+        network = copy.deepcopy(network).to(own)
+    lower = LOWER.get(config.mixed_precision)
     view = denoiser.with_networks({next(iter(denoiser.networks)): network})
     with torch.no_grad(), _NoPadding():
         condition = view.encode(_prompts(view, prompts)).to(denoiser.device)
@@ -155,17 +182,21 @@ def call(config: TrainConfig, role: Role, shape: tuple[int, ...], prompts: int) 
         condition = condition.with_guidance(1.0)
     x = torch.zeros(prompts, *shape, device=denoiser.device)
     time = view.noise.model_time(torch.full((prompts,), 0.5)).to(denoiser.device)
-    return lambda: view.call(network, x, time, condition), network
+
+    def ask() -> Tensor:
+        with nullcontext() if lower is None else Autocast(lower):
+            return view.call(network, x, time, condition)
+
+    return ask, network
 
 
 def _prompts(denoiser: Denoiser, n: int) -> list[str]:
     return [(denoiser.examples or ("a photo",))[0]] * n
 
 
-def computed_in(config: TrainConfig) -> torch.dtype:
-    """Type of a student's products: that of mixed precision, else of its weights."""
-    own = torch.float32 if config.student == "full" else DTYPES[config.base_dtype]
-    return LOWER.get(config.mixed_precision, own)
+def weights_in(config: TrainConfig) -> torch.dtype:
+    """Type of a student's weights: a full one is trained in float32."""
+    return torch.float32 if config.student == "full" else DTYPES[config.base_dtype]
 
 
 def rows_with_graph(config: TrainConfig, method: Distiller) -> float:
@@ -215,18 +246,11 @@ def need(
     gradients = 4 * max(map(sum, trained.values()))
     moments = sum(_moments(config, sizes) for sizes in trained.values())
     network = bare(roles["student"].denoiser.network)
-    key = (config.student, checkpointing, fused, dtype := computed_in(config))
+    key = (config.student, checkpointing, fused, config.mixed_precision, weights_in(config))
     if key not in known:
         shape = base.latent_shape(config.height, config.width, config.num_frames)
         known[key] = activations(*call(config, roles["student"], shape, config.train_batch_size), checkpointing, fused)
     saved = known[key] * rows_with_graph(config, method)
-    if (
-        config.mixed_precision != "no"
-        and not checkpointing
-        and (config.student == "full" or config.base_dtype == "fp32")
-    ):
-        # the cast of each float32 weight that is multiplied is kept for the backward
-        saved += sum(dtype.itemsize * p.numel() for p in network.parameters() if p.ndim > 1)
     gathered = 2 * max((bytes_of(m) for m in _blocks(network)), default=0) if devices > 1 else 0
     return Need(
         math.ceil(weights / devices) + gathered,

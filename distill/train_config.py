@@ -101,6 +101,11 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
         True, description="stop when student samples collapse; its reference is the preflight's"
     )
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: object) -> object:
+        return "no" if value is False else value  # what YAML reads of it without quotes
+
     @field_validator("quantization_config")
     @classmethod
     def _of_a_base(cls, value: str | None, info: ValidationInfo) -> str | None:

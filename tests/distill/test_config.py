@@ -83,6 +83,11 @@ def test_overrides_are_yaml_values(tmp_path: Path):
     assert mistakes(path, "steps=[1") == ["steps=[1: the value is not YAML"]
 
 
+def test_no_precision_needs_no_quotes():
+    """YAML reads `no` as False."""
+    assert load_config("quickstart", ["mixed_precision=no"]).mixed_precision == "no"
+
+
 def test_a_file_that_is_no_config(tmp_path: Path):
     listed, broken, binary = (tmp_path / n for n in ("list.yaml", "broken.yaml", "binary.yaml"))
     listed.write_text("- a\n- b\n")
