@@ -1,4 +1,4 @@
-"""`fewstep export`: a student for use elsewhere."""
+"""`fewstep export`: a student for use elsewhere, in a folder or on a hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fewstep.distill.evaluation import student_folder
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import load, load_student
+from fewstep.samplers.load import is_hub_id, load, load_student
 from fewstep.samplers.manifest import holds_lora, read_manifest
 from fewstep.samplers.student import PEFT, adapter_of, save_peft, save_student
 
@@ -36,6 +36,43 @@ def export(source: str, kind: str, out: Path) -> list[str]:
         _copy(folder, out)
     loaded = f"load_lora_weights on {manifest.base}" if holds_lora(out) else f"{manifest.pipeline}.from_pretrained"
     return [f"{out}: loads with {loaded}", f"the lines that run it in plain diffusers: {out / 'README.md'}"]
+
+
+def refuse_name(repository: str) -> None:
+    """UserError for what cannot be a repository's name, before anything is written."""
+    if not is_hub_id(repository):
+        raise UserError(f"--push {repository}: must have the form ORG/NAME")
+
+
+def push(folder: Path, repository: str, private: bool = False) -> str:
+    """Send a folder to a model repository of the Hugging Face hub, made if it is not there; its address.
+
+    The hub is that of `HF_ENDPOINT`, the token that of `HF_TOKEN` or of `hf auth login`.
+
+    Raises:
+        UserError: no token, no network, a name that no repository can have, or what the hub answered, in one line.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    hub = HfApi(library_name="fewstep")
+    try:
+        made = hub.create_repo(repository, private=private or None, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Student, scheduler and card")
+        return str(made)
+    except HFValidationError as error:
+        raise UserError(f"--push {repository}: {str(error).splitlines()[0]}") from error
+    except LocalTokenNotFoundError as error:
+        raise UserError(f"--push {repository}: no token of the hub; hf auth login, or set HF_TOKEN") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        why = "needs a token that may write there" if status in (401, 403) else str(error).splitlines()[0]
+        raise UserError(f"--push {repository}: the hub refused it: {why}; what was exported stays") from error
+    except Exception as error:
+        transport = type(error).__module__.startswith("httpx")  # whose name changes between releases of the library
+        if not (transport or isinstance(error, OSError)):  # HF_HUB_OFFLINE is one of the latter
+            raise
+        raise UserError(f"--push {repository}: the hub cannot be reached; what was exported stays") from error
 
 
 def _copy(folder: Path, out: Path) -> None:

@@ -106,17 +106,26 @@ def export(
             "fused: a whole pipeline, the LoRA added into its weights. peft: the LoRA alone, for PeftModel."
         ),
     ] = "diffusers",
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Also send OUT, card included, to this model repository of the hub."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private, if it is new.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write a student for use elsewhere.
 
-    Example: fewstep export runs/quickstart my-model --format fused
+    Example: fewstep export runs/quickstart my-model --format fused --push me/my-model
     """
     quiet(debug)
-    from fewstep.app.export import export as write
+    from fewstep.app import export as exporting
 
-    for line in write(run, format, out):
+    if push is not None:
+        exporting.refuse_name(push)
+    for line in exporting.export(run, format, out):
         print(line)
+    if push is not None:
+        print(f"sent to {exporting.push(out, push, private)}")
 
 
 @app.command()

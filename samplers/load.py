@@ -84,7 +84,7 @@ def index_of(source: str | Path, revision: str | None = None) -> dict[str, Any]:
         index = path / "model_index.json"
         if not index.is_file():
             raise UserError(f"{source}: no model_index.json there; it must be a diffusers pipeline folder")
-    elif _is_hub_id(str(source)):
+    elif is_hub_id(str(source)):
         index = Path(_from_hub(str(source), revision))
     else:
         raise UserError(f"{source}: no such folder, and not a hub id of the form ORG/NAME")
@@ -96,7 +96,8 @@ def index_of(source: str | Path, revision: str | None = None) -> dict[str, Any]:
         raise UserError(f"{index}: not a pipeline's index ({error})") from error
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
+    """Whether a source has the form ORG/NAME."""
     parts = source.split("/")
     return len(parts) == 2 and all(parts) and not source.startswith((".", "~"))
 

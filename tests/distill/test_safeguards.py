@@ -94,6 +94,17 @@ def test_a_teacher_that_fewstep_calls_wrongly(spoil: Callable[[Denoiser], None])
         preflight(teacher, PROMPTS, "", 7.5)
 
 
+def test_rounding_of_low_precision_is_no_fault_and_hides_none(monkeypatch: Any):
+    """In bfloat16 the stock call's own rounding is allowed for, whatever the bound; a wrong call stands out all the same."""
+    teacher = load("embedded:emoji", torch_dtype=torch.bfloat16)
+    prompts = ["a furry animal on a blue background", "a fruit on a pink background"]
+    monkeypatch.setattr(safeguards, "DIFFERENCE", 1e-5)
+    preflight(teacher, prompts, "", 2.0)
+    wrong_guidance(teacher)
+    with pytest.raises(UserError, match="differ from those of the stock"):
+        preflight(teacher, prompts, "", 2.0)
+
+
 def test_a_teacher_of_one_colour():
     """Its autoencoder answers grey whatever it is given, as one in the wrong precision or with lost weights does."""
     teacher = denoiser_of(tiny_stable_diffusion())
