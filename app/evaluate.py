@@ -38,7 +38,7 @@ from fewstep.distill.report import COLUMNS, finite, write_json
 from fewstep.distill.seen import Seen, figures, see, see_prompt
 from fewstep.distill.table import label, labels, show
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import class_of, family, load_student
+from fewstep.samplers.load import class_of, family, load_student, parts
 from fewstep.samplers.manifest import read_manifest
 
 
@@ -62,6 +62,7 @@ class Request:
     judge_batch: int = 32
     cost_batches: Sequence[int] = ()
     weights: Weights = field(default_factory=Weights)
+    timesteps: Sequence[int] | None = None
 
 
 def evaluate(request: Request) -> None:
@@ -109,6 +110,9 @@ class Evaluation:
         for source in self.sampled:
             if source not in self.students:
                 family(class_of(source))  # refuses what is no pipeline before anything is drawn
+        own, counts = request.timesteps, request.steps
+        if own is not None and any(k != len(own) for k in counts):
+            raise UserError(f"--timesteps: {len(own)} of them for --steps {','.join(map(str, counts))}")
         self._check()
         self.judges = Judges(request.weights, device())
         if not self.processes.first:
@@ -148,7 +152,7 @@ class Evaluation:
         if self.real is not None and self.sampled:
             self.judge(real_row(self.root, self.prompts, REAL_SEED, self.processes), None)
         if self._needs_teacher():
-            row = self._draw(self._target().sampler(request.teacher_steps, request.guidance, request.scheduler))
+            row = self._draw(self._target().sampler(request.teacher_steps, **self._how(None)))
             seen = self.judge(row, reference)
             self.target = (row, seen)
             if request.reference == "teacher":
@@ -174,13 +178,25 @@ class Evaluation:
         else:
             teacher = Teacher(source)
             for k in counts:
-                yield self._draw(teacher.sampler(k, self.request.guidance, self.request.scheduler))
+                yield self._draw(teacher.sampler(k, **self._how(source)))
+
+    def _how(self, source: str | None) -> dict[str, Any]:
+        """Guidance, scheduler and timesteps of a pipeline, None: of the teacher that others are compared with.
+
+        They are those of pipelines with a LoRA, where there are some, and else of all.
+        """
+        request = self.request
+        distilled = any(parts(s)[1] for s in self.sampled)
+        if distilled and (source is None or not parts(source)[1]):
+            return {}
+        own = {} if source is None else {"timesteps": request.timesteps}
+        return {"guidance": request.guidance, "scheduler": request.scheduler, **own}
 
     def _target(self) -> Teacher:
-        """The teacher that others are compared with: the first pipeline, or else the base of the first student."""
+        """The teacher that others are compared with: the first pipeline without its LoRA, or the first student's base."""
         for source in self.sampled:
             if source not in self.students:
-                return Teacher(source)
+                return Teacher(parts(source)[0])
         return teacher_of(self.students[self.sampled[0]])
 
     @property

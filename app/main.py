@@ -9,7 +9,7 @@ from typing import Annotated, cast
 import typer
 
 from fewstep.app import measuring
-from fewstep.app.options import SOURCE, Debug, Guidance, Scheduler, quiet
+from fewstep.app.options import SOURCE, Debug, Guidance, Scheduler, Timesteps, numbers, quiet
 
 app = typer.Typer(
     name="fewstep",
@@ -67,7 +67,9 @@ def sample(
     source: Annotated[str, typer.Argument(help=SOURCE, metavar="SOURCE")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
     prompts: Annotated[str | None, typer.Option(help="A text file, one prompt a line.", metavar="FILE")] = None,
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 4,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps. Default: 4, or as many as --timesteps.", min=1)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the first image of a prompt; the next has the next.", min=0)] = 0,
     n: Annotated[int, typer.Option("-n", help="Images of each prompt.", min=1)] = 8,
     out: Annotated[Path, typer.Option(help="The picture: .png, .jpg, and for clips .gif or .webp.")] = Path(
@@ -75,6 +77,7 @@ def sample(
     ),
     guidance_scale: Guidance = None,
     scheduler: Scheduler = None,
+    timesteps: Timesteps = None,
     debug: Debug = False,
 ) -> None:
     """Sample images into one picture, a row for each prompt.
@@ -82,11 +85,16 @@ def sample(
     A student follows its own plan. A teacher runs its stock pipeline.
 
     Example: fewstep sample runs/quickstart -p "a fruit on a blue background" --steps 2 --out fruit.png
+
+    Example: fewstep sample stable-diffusion-v1-5/stable-diffusion-v1-5+latent-consistency/lcm-lora-sdv1-5 -p "a cat"
+    --scheduler lcm --guidance-scale 1
     """
+    own = numbers("--timesteps", timesteps, least=0) if timesteps else None
+    steps = steps or (len(own) if own else 4)
     quiet(debug)
     from fewstep.app.sample import sample as run
 
-    number = run(source, prompt or [], prompts, steps, seed, n, out, guidance_scale, scheduler)
+    number = run(source, prompt or [], prompts, steps, seed, n, out, guidance_scale, scheduler, own)
     print(f"{out}: {number} image{'s' if number != 1 else ''} in {steps} step{'s' if steps != 1 else ''}")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.app import options
-from fewstep.app.options import SOURCE, Debug, Guidance, Scheduler, numbers, quiet
+from fewstep.app.options import SOURCE, Debug, Guidance, Scheduler, Timesteps, numbers, quiet
 
 
 def evaluate(
@@ -40,6 +40,7 @@ def evaluate(
     ] = Path("report.json"),
     guidance_scale: Guidance = None,
     scheduler: Scheduler = None,
+    timesteps: Timesteps = None,
     teacher_steps: Annotated[int, typer.Option(help="Of the teacher that others are compared with.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Of prompts and images.", min=0)] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch", help="Images sampled at once.", min=1)] = 16,
@@ -64,6 +65,8 @@ def evaluate(
     Without --metrics: with the embedded prompts fd_emoji, clip_emoji and the like; with others psnr_to_teacher, the
     distance to the teacher's many-step picture of the same noise, and pixel_distance, the variety within a prompt.
 
+    Where some sources are PIPELINE+LORA, guidance scale, scheduler and timesteps are theirs alone.
+
     Interrupted, it goes on where it was. On several devices: accelerate launch -m fewstep.app evaluate SOURCE ...
 
     Example: fewstep evaluate runs/quickstart embedded:emoji --steps 1,2,4 --num 256 --out report.json
@@ -71,6 +74,7 @@ def evaluate(
     Example: fewstep evaluate runs/mine --prompts captions.csv --num 30000 --metrics fid,clip --reference coco-val/
     """
     counts, sizes = numbers("--steps", steps), numbers("--cost-batches", cost_batches) if cost_batches else []
+    own = numbers("--timesteps", timesteps, least=0) if timesteps else None
     from fewstep.distill.metric_names import parse
 
     names = None if metrics is None else parse(metrics)
@@ -86,7 +90,7 @@ def evaluate(
     run(
         Request(
             *(sources, counts, names, num, prompts, out, per_prompt, reference, guidance_scale, scheduler, seed),
-            *(teacher_steps, batch_size, judge_batch, sizes, weights),
+            *(teacher_steps, batch_size, judge_batch, sizes, weights, own),
         )
     )
 

@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
-SOURCE = "A run (runs/NAME), a student's folder, a pipeline folder, a hub id (ORG/NAME) or embedded:emoji."
+SOURCE = (
+    "A run (runs/NAME), a student's folder, a pipeline folder, a hub id (ORG/NAME) or embedded:emoji; PIPELINE+LORA adds "
+    "a LoRA of any origin, a file or a hub id."
+)
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
 Guidance = Annotated[
     float | None,
@@ -14,7 +17,14 @@ Guidance = Annotated[
 ]
 Scheduler = Annotated[
     str | None,
-    typer.Option(help="Of a teacher: own, ddim, dpmsolver++, euler or unipc. Default: the best known for few steps."),
+    typer.Option(
+        help="Of a pipeline: own, ddim, dpmsolver++, euler, unipc, or of one that was distilled elsewhere lcm or tcd. "
+        "Default: the best known of a teacher for few steps."
+    ),
+]
+Timesteps = Annotated[
+    str | None,
+    typer.Option(help="Of a pipeline, instead of the scheduler's choice, e.g. 999,749,499,249 of DMD2's LoRA."),
 ]
 
 
@@ -26,14 +36,14 @@ def quiet(debug: bool) -> None:
         quiet()
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """Positive numbers with commas between them; a usage error otherwise."""
+def numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """Numbers of at least `least` with commas between them; a usage error otherwise."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1:
-        raise typer.BadParameter(f"{text!r} is not a list of positive numbers such as 1,2,4", param_hint=option)
+    if not numbers or min(numbers) < least:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers from {least} on such as 1,2,4", param_hint=option)
     return numbers
 
 

@@ -18,12 +18,15 @@ from fewstep.samplers.load import load_student
 ANIMATED = (".gif", ".webp")
 
 
-def sampler_of(source: str, steps: int, guidance: float | None, scheduler: str | None) -> Sampler:
+def sampler_of(
+    source: str, steps: int, guidance: float | None, scheduler: str | None, timesteps: list[int] | None = None
+) -> Sampler:
     """A student by its own plan, or a pipeline by a stock scheduler."""
     if student_folder(source) is None:
-        return Teacher(source).sampler(steps, guidance, scheduler)
-    if scheduler is not None:
-        raise UserError(f"--scheduler {scheduler}: {source} is a student, which samples by its own plan; leave it out")
+        return Teacher(source).sampler(steps, guidance, scheduler, timesteps=timesteps)
+    for option, value in (("--scheduler", scheduler), ("--timesteps", timesteps)):
+        if value is not None:
+            raise UserError(f"{option} {value}: {source} is a student, which samples by its own plan; leave it out")
     student, manifest = load_student(source, fuse=True)
     return student_sampler(student, manifest, source, steps, guidance)
 
@@ -38,6 +41,7 @@ def sample(
     out: Path,
     guidance: float | None,
     scheduler: str | None,
+    timesteps: list[int] | None = None,
     batch_size: int = 16,
 ) -> int:
     """Write a picture: a row of n images for each prompt, image j from seed + j; of clips a row of frames each.
@@ -50,7 +54,7 @@ def sample(
     prompts = prompts + (read_prompts(file) if file else [])
     if not prompts:
         raise UserError("no prompt: say -p PROMPT, or --prompts FILE with one prompt a line")
-    sampler = sampler_of(source, steps, guidance, scheduler)
+    sampler = sampler_of(source, steps, guidance, scheduler, timesteps)
     every = [(p, seed + j) for p in prompts for j in range(n)]
     parts = []
     for i in range(0, len(every), batch_size):

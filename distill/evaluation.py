@@ -17,7 +17,14 @@ from torch import Tensor, nn
 
 from fewstep.distill.metric_names import BASIC, EMOJI
 from fewstep.distill.prompt_sets import PromptSet
-from fewstep.samplers.baseline import counted, default_scheduler, has_spacing, scheduler_of, stock_images
+from fewstep.samplers.baseline import (
+    OF_STUDENTS,
+    counted,
+    default_scheduler,
+    has_spacing,
+    scheduler_of,
+    stock_images,
+)
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import family, load_pipeline, resolve
@@ -91,7 +98,12 @@ class Teacher:
         return None if usual is None else float(usual.default)
 
     def sampler(
-        self, steps: int, guidance: float | None = None, scheduler: str | None = None, spacing: str | None = None
+        self,
+        steps: int,
+        guidance: float | None = None,
+        scheduler: str | None = None,
+        spacing: str | None = None,
+        timesteps: Sequence[int] | None = None,
     ) -> Sampler:
         """The teacher in `steps` steps; guidance defaults to the pipeline's, the rest to the best known for few steps.
 
@@ -99,23 +111,26 @@ class Teacher:
         """
         if steps < 1:
             raise UserError(f"steps {steps}: must be at least 1")
+        if timesteps is not None and len(timesteps) != steps:
+            raise UserError(f"timesteps {','.join(map(str, timesteps))}: {len(timesteps)} of them for {steps} steps")
         usual = self.guidance_scale
         scale = 1.0 if usual is None else usual if guidance is None else guidance
         name = scheduler or default_scheduler(self.own)
-        if spacing is None and has_spacing(self.own):
+        if timesteps is None and spacing is None and has_spacing(self.own) and name not in OF_STUDENTS:
             spacing = "trailing"
         solver = scheduler_of(self.own, name, spacing)
         said = type(solver).__name__.removesuffix("Scheduler") if name == "own" else name
+        how = spacing if timesteps is None else ",".join(map(str, timesteps))
 
         def images(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             self.pipeline.scheduler = solver
-            return stock_images(self.pipeline, prompts, seeds, steps, scale, self.negative_prompt, **self.size)
+            return stock_images(
+                self.pipeline, prompts, seeds, steps, scale, self.negative_prompt, timesteps, **self.size
+            )
 
         names = family(type(self.pipeline).__name__).network_names
         networks = [m for n in names if (m := getattr(self.pipeline, n, None)) is not None]
-        return Sampler(
-            self.source, "teacher", steps, scale, f"{said} ({spacing})" if spacing else said, networks, images
-        )
+        return Sampler(self.source, "teacher", steps, scale, f"{said} ({how})" if how else said, networks, images)
 
 
 def teacher_of(manifest: Manifest, negative_prompt: str = "") -> Teacher:

@@ -18,9 +18,14 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 """Class in diffusers by name, with the options that make it what the name says; `own` is the pipeline's."""
+
+OF_STUDENTS = ("lcm", "tcd")
+"""Those of distilled models: they have their own steps and no spacing."""
 
 SPACINGS = ("trailing", "leading", "linspace")
 
@@ -66,8 +71,10 @@ def scheduler_of(own: Any, name: str = "own", spacing: str | None = None) -> Any
         return type(own).from_config(config, **options)
     class_name, fixed = SCHEDULERS[name]
     options |= fixed
-    if flow and name == "ddim":
-        raise UserError("scheduler ddim: cannot run on the levels of a flow; allowed: own, dpmsolver++, euler, unipc")
+    if flow and name in ("ddim", *OF_STUDENTS):
+        raise UserError(
+            f"scheduler {name}: cannot run on the levels of a flow; allowed: own, dpmsolver++, euler, unipc"
+        )
     if flow and name == "euler":
         class_name = "FlowMatchEulerDiscreteScheduler"
     elif flow:
@@ -83,6 +90,7 @@ def stock_images(
     steps: int,
     guidance_scale: float = 1.0,
     negative_prompt: str = "",
+    timesteps: Sequence[int] | None = None,
     **size: int | None,
 ) -> Tensor:
     """Images (B, 3, H, W) or clips (B, F, 3, H, W) in 0..1, on the CPU, from the pipeline's own `__call__`.
@@ -94,6 +102,7 @@ def stock_images(
         steps: of the scheduler.
         guidance_scale: 1 = none.
         negative_prompt: of every row.
+        timesteps: instead of the scheduler's own choice, as many as `steps`.
         size: height, width, num_frames where they are not the pipeline's own.
     """
     takes = inspect.signature(pipeline.__call__).parameters
@@ -104,11 +113,17 @@ def stock_images(
         wanted["guidance_scale"] = guidance_scale
         if guidance_scale > 1 and negative_prompt:  # without one SDXL takes zeros, not the embedding of ""
             wanted["negative_prompt"] = [negative_prompt] * len(prompts)
+    if timesteps is not None:
+        wanted["timesteps"] = list(timesteps)
     if "use_resolution_binning" in takes:
         wanted["use_resolution_binning"] = False  # the size that was asked, not the nearest of a list
     unknown = [k for k in wanted if k not in takes]
     if unknown:
         raise UserError(f"{type(pipeline).__name__} takes no {', '.join(unknown)}")
+    if timesteps is not None and "timesteps" not in inspect.signature(pipeline.scheduler.set_timesteps).parameters:
+        raise UserError(
+            f"timesteps: {type(pipeline.scheduler).__name__} takes none of its own; scheduler lcm or tcd does"
+        )
     with torch.no_grad():
         out = pipeline(generator=generators(seeds), num_inference_steps=steps, **wanted)
     images = out.frames if hasattr(out, "frames") else out.images

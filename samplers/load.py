@@ -1,4 +1,8 @@
-"""`load(source)`: a denoiser from a pipeline folder, `embedded:NAME`, a hub id, a run or a student's folder."""
+"""`load(source)`: a denoiser from a pipeline folder, `embedded:NAME`, a hub id, a run or a student's folder.
+
+`BASE+LORA` is a pipeline with a LoRA of any format that diffusers reads, its own or kohya's, added into the weights: a file, a
+folder, a hub id, or a file of one (ORG/NAME/FILE.safetensors).
+"""
 
 from __future__ import annotations
 
@@ -46,6 +50,15 @@ def family(class_name: str) -> type[Denoiser]:
     return getattr(importlib.import_module(module), name)
 
 
+def parts(source: str | Path) -> tuple[str, list[str]]:
+    """The pipeline and the LoRAs of `BASE+LORA`; a path that is there may hold a plus."""
+    text = str(source)
+    if Path(text).exists():
+        return text, []
+    base, *loras = text.split("+")
+    return base, loras
+
+
 def resolve(source: str | Path) -> str:
     """`embedded:NAME` to the shipped folder, a run to its student; anything else stays.
 
@@ -53,6 +66,8 @@ def resolve(source: str | Path) -> str:
         UserError: for an unknown name, and for a run that has no student yet.
     """
     source = str(source)
+    if parts(source)[1]:
+        return source
     if not source.startswith("embedded:"):
         path = Path(source)
         if (path / "student" / MANIFEST).is_file():
@@ -73,6 +88,9 @@ def class_of(source: str | Path, revision: str | None = None) -> str:
     Raises:
         UserError: a missing or broken folder, or a repository that cannot be read, in one line.
     """
+    source, loras = parts(source)
+    for lora in loras:
+        _arguments(lora)
     path = Path(resolve(source))
     return read_manifest(path).pipeline if holds_lora(path) else index_of(source, revision)["_class_name"]
 
@@ -128,19 +146,51 @@ def load_pipeline(
     """
     import diffusers
 
-    name = class_of(source, revision)
+    base, loras = parts(source)
+    name = class_of(base, revision)
     family(name)
     extra: dict[str, Any] = dict(components)
     if name == "StableDiffusionPipeline":
         extra |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         pipeline = getattr(diffusers, name).from_pretrained(
-            resolve(source), revision=revision, variant=variant, use_safetensors=True, **extra
+            resolve(base), revision=revision, variant=variant, use_safetensors=True, **extra
         )
     except Exception as error:  # diffusers, transformers and safetensors each have their own kinds
-        raise UserError(f"{source}: cannot be loaded as {name}: {_first_line(error)}") from error
+        raise UserError(f"{base}: cannot be loaded as {name}: {_first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
+    for lora in loras:
+        _add(pipeline, lora)
     return pipeline
+
+
+def _arguments(lora: str) -> tuple[str, dict[str, str]]:
+    """Folder or hub id of a LoRA, and its file; UserError where neither can be."""
+    at, file = lora, {}
+    if lora.endswith(".safetensors"):
+        at, file = str(Path(lora).parent), {"weight_name": Path(lora).name}
+    if not Path(lora).exists() and not is_hub_id(at):
+        raise UserError(f"{lora}: no such LoRA: a .safetensors file, a folder, ORG/NAME or ORG/NAME/FILE.safetensors")
+    return at, file
+
+
+def _add(pipeline: Any, lora: str) -> None:
+    """Add a LoRA into a pipeline's weights."""
+    name = type(pipeline).__name__
+    at, file = _arguments(lora)
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise UserError(f"{lora}: a {name} takes no LoRA")
+    try:
+        with _quiet():
+            pipeline.load_lora_weights(at, use_safetensors=True, **file)
+        adapted = list(pipeline.get_list_adapters())
+        if adapted:
+            pipeline.fuse_lora(components=adapted)
+            pipeline.unload_lora_weights()
+    except Exception as error:  # diffusers, peft, safetensors and the hub each have their own kinds
+        raise UserError(f"{lora}: cannot be loaded as a LoRA of {name}: {_first_line(error)}") from error
+    if not adapted:
+        raise UserError(f"{lora}: names no layer of {name}")
 
 
 def _first_line(error: BaseException) -> str:
