@@ -21,7 +21,7 @@ from fewstep.distill.networks import Networks
 from fewstep.distill.record import Record, check_tracker, pixels_shape
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
-from fewstep.samplers.load import class_of, family, load
+from fewstep.samplers.load import class_of, family, load, parts
 from fewstep.samplers.stock import stock
 from fewstep.samplers.student import Manifest, fingerprint, save_student
 
@@ -33,6 +33,11 @@ def refuse(config: TrainConfig) -> None:
         raise ConfigError(f"config: train_data: missing; method {config.method} learns from images with captions")
     if "prompts" in needs and config.prompts is None and not config.has_images:
         raise ConfigError(f"config: prompts: missing; method {config.method} needs prompts (or train_data's captions)")
+    if parts(config.teacher)[1]:
+        raise ConfigError(
+            "config: teacher: a pipeline with a LoRA; save it whole first (fuse_lora and save_pretrained of diffusers), "
+            "since the student's card loads one pipeline"
+        )
     if config.aspect_ratio_buckets and not config.has_images:
         raise ConfigError("config: aspect_ratio_buckets: sorts images; give train_data or dataset_name")
     if not config.has_images and config.prompts not in (None, "embedded:emoji"):
