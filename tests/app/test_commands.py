@@ -86,7 +86,7 @@ def test_sample_refuses_an_unknown_scheduler(fewstep: Command, teacher: Path):
     answer = fewstep("sample", teacher, "-p", "x", "--scheduler", "dpm")
     assert (answer.code, answer.err) == (
         2,
-        "scheduler 'dpm' is unknown; allowed: own, ddim, dpmsolver++, euler, unipc\n",
+        "scheduler 'dpm' is unknown; allowed: own, ddim, dpmsolver++, euler, lcm, tcd, unipc\n",
     )
 
 

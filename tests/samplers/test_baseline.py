@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.samplers.baseline import SCHEDULERS, counted, default_scheduler, scheduler_of, stock_images
+from fewstep.samplers.baseline import OF_STUDENTS, SCHEDULERS, counted, default_scheduler, scheduler_of, stock_images
 from fewstep.samplers.errors import UserError
 from tests.pipelines import (
     tiny_classes,
@@ -32,7 +32,7 @@ def sd3() -> Any:
     return tiny_stable_diffusion_3()
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [n for n in SCHEDULERS if n not in OF_STUDENTS])
 @pytest.mark.parametrize(
     ("spacing", "times"),
     [("trailing", [999, 749, 499, 249]), ("leading", [750, 500, 250, 0]), ("linspace", [999, 666, 333, 0])],
