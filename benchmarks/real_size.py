@@ -147,14 +147,14 @@ def denoiser(build: Callable[[Any], Any], device: str, dtype: torch.dtype) -> An
     return made
 
 
+held: list[IO[str]] = []
+
+
 def hold(file: Path | None) -> None:
     """Wait for the GPU: imports and the plan of one row may run beside another's measurement."""
     if file is not None:
-        kept.append(file.open("w"))
-        fcntl.flock(kept[0], fcntl.LOCK_EX)
-
-
-kept: list[IO[str]] = []
+        held.append(file.open("w"))  # the lock goes with the process
+        fcntl.flock(held[0], fcntl.LOCK_EX)
 
 
 def one(name: str, iterations: int, turn: Path | None = None, extra: Sequence[str] = ()) -> dict[str, Any]:
@@ -259,7 +259,8 @@ def main() -> int:
         def run(name: str) -> Any:
             options = ["--one", name, "--iterations", str(a.iterations), "--turn", f"{folder}/turn", *a.settings]
             done = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True)
-            failed = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            lines = [line for line in done.stderr.splitlines() if "Error: " in line]  # CUDA's go on with advice
+            failed = (lines or [f"exit code {done.returncode}"])[-1]
             found = failed if done.returncode else json.loads(done.stdout.splitlines()[-1])
             print(name, found, flush=True)
             return found
