@@ -53,7 +53,7 @@ def family(class_name: str) -> type[Denoiser]:
 def parts(source: str | Path) -> tuple[str, list[str]]:
     """The pipeline and the LoRAs of `BASE+LORA`; a path that is there may hold a plus."""
     text = str(source)
-    if Path(text).exists():
+    if "+" not in text or Path(text).exists():
         return text, []
     base, *loras = text.split("+")
     return base, loras
@@ -152,12 +152,10 @@ def load_pipeline(
     extra: dict[str, Any] = dict(components)
     if name == "StableDiffusionPipeline":
         extra |= {"safety_checker": None, "requires_safety_checker": False}
-    try:
+    with _one_line(f"{base}: cannot be loaded as {name}"):
         pipeline = getattr(diffusers, name).from_pretrained(
             resolve(base), revision=revision, variant=variant, use_safetensors=True, **extra
         )
-    except Exception as error:  # diffusers, transformers and safetensors each have their own kinds
-        raise UserError(f"{base}: cannot be loaded as {name}: {_first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     for lora in loras:
         _add(pipeline, lora)
@@ -180,22 +178,31 @@ def _add(pipeline: Any, lora: str) -> None:
     at, file = _arguments(lora)
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"{lora}: a {name} takes no LoRA")
-    try:
+    with _one_line(f"{lora}: cannot be loaded as a LoRA of {name}"):
         with _quiet():
             pipeline.load_lora_weights(at, use_safetensors=True, **file)
         adapted = list(pipeline.get_list_adapters())
         if adapted:
-            pipeline.fuse_lora(components=adapted)
-            pipeline.unload_lora_weights()
-    except Exception as error:  # diffusers, peft, safetensors and the hub each have their own kinds
-        raise UserError(f"{lora}: cannot be loaded as a LoRA of {name}: {_first_line(error)}") from error
+            _fuse(pipeline, adapted)
     if not adapted:
         raise UserError(f"{lora}: names no layer of {name}")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+def _fuse(pipeline: Any, components: list[str]) -> None:
+    """Add the adapters of components into their weights."""
+    pipeline.fuse_lora(components=components)
+    pipeline.unload_lora_weights()
+
+
+@contextmanager
+def _one_line(said: str) -> Iterator[None]:
+    """Within the block any error, as diffusers, transformers, peft, safetensors and the hub each have their own, is one line."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        kind = type(error).__name__
+        raise UserError(f"{said}: {kind}: {lines[0] if lines else 'no message'}") from error
 
 
 def load(source: str | Path, revision: str | None = None, variant: str | None = None, **components: Any) -> Denoiser:
@@ -233,8 +240,7 @@ def load_student(
     if holds_lora(folder):
         denoiser = _on_base(folder, manifest, base, variant, **components)
         if fuse:
-            denoiser.pipeline.fuse_lora(components=list(denoiser.networks))
-            denoiser.pipeline.unload_lora_weights()
+            _fuse(denoiser.pipeline, list(denoiser.networks))
     else:
         denoiser = denoiser_of(load_pipeline(folder, **components))
     return denoiser.at(denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)), manifest
@@ -255,12 +261,10 @@ def _on_base(
         raise UserError(f"{folder}: a LoRA of another base; {where} does not hold the weights that it was made from")
     for arguments in weight_files(teacher).values():
         path = folder / arguments["weight_name"]
-        try:
-            with _quiet():  # diffusers warns that the text encoder gets no LoRA
-                # without use_safetensors it would look for a pickle where the file is broken
-                teacher.pipeline.load_lora_weights(folder, use_safetensors=True, **arguments)
-        except Exception as error:  # diffusers, peft and safetensors each have their own kinds
-            raise UserError(f"{path}: cannot be loaded as a LoRA: {_first_line(error)}") from error
+        # diffusers warns that the text encoder gets no LoRA
+        with _one_line(f"{path}: cannot be loaded as a LoRA"), _quiet():
+            # without use_safetensors it would look for a pickle where the file is broken
+            teacher.pipeline.load_lora_weights(folder, use_safetensors=True, **arguments)
     if not all(getattr(network, "peft_config", None) for network in teacher.networks.values()):
         raise UserError(f"{folder}: its LoRA files name no layer of {manifest.pipeline}")
     return denoiser_of(teacher.pipeline)
