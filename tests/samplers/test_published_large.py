@@ -11,23 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.real_size import SDXL
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import denoiser_of
 
-SDXL = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 FLUX = {  # transformer/config.json of black-forest-labs/FLUX.1-dev, the defaults that diffusers converts to
     **{"in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128},
     **{"num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True},
