@@ -143,7 +143,12 @@ def latest(folder: Path, until: int | None = None) -> tuple[Path | None, list[st
 def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Groups of tensors and meta of a whole checkpoint."""
     groups = {p.stem: load_file(p) for p in sorted(checkpoint.glob("*.safetensors"))}
-    return groups, json.loads((checkpoint / "meta.json").read_text())
+    return groups, meta(checkpoint)
+
+
+def meta(checkpoint: Path) -> dict[str, Any]:
+    """What a whole checkpoint holds beside tensors."""
+    return json.loads((checkpoint / "meta.json").read_text())
 
 
 def prune(folder: Path, newest: Path, limit: int, keep: Path | None = None, good: Path | None = None) -> None:

@@ -73,3 +73,10 @@ class EvalConfig(BaseModel, frozen=True):
             return None
         rises = self.figure_is_best and METRICS[name.removeprefix(PREFIX)].better == "higher"
         return value if best is None or (value > best if rises else value < best) else None
+
+    def wears_out(self, iteration: int, best: tuple[float, int] | None, new: float | None) -> bool:
+        """Whether `early_stopping_patience` evaluations in a row were no better than `best`, a value and its iteration."""
+        patience = getattr(self, "early_stopping_patience", None)
+        if patience is None or self.eval_steps is None or best is None or new is not None:
+            return False
+        return self.evaluates(iteration) and iteration - best[1] >= patience * self.eval_steps

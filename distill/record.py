@@ -137,8 +137,13 @@ class Record:
 
     def finished(self) -> bool:
         """Whether the last iteration's checkpoint is whole and the student is written."""
+        if not (self.folder / "student" / "fewstep.json").is_file():
+            return False
         last = self.checkpoints / f"step-{self.config.max_train_steps:06d}"
-        return (self.folder / "student" / "fewstep.json").is_file() and checkpoint.fault(last) is None
+        if checkpoint.fault(last) is None:
+            return True
+        newest, _ = checkpoint.latest(self.checkpoints)
+        return newest is not None and checkpoint.meta(newest).get("worn_out", False)
 
     def say(self, line: str) -> None:
         """One line to the person at the terminal."""

@@ -96,6 +96,9 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     best_metric: str | None = Field(
         None, description="keep the checkpoint with the best of this logged scalar, e.g. student/loss or eval/fid"
     )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="end after so many evaluations in a row that do not better best_metric; none: never"
+    )
     preflight: bool = Field(True, description="first sample the teacher here and through its stock pipeline")
     collapse_alarm: bool = Field(
         True, description="stop when student samples collapse; its reference is the preflight's"
@@ -128,6 +131,13 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
             if info.data.get("eval_steps") is None or scalar.removeprefix(PREFIX) not in names:
                 raise ValueError("needs eval_steps, and its figure among eval_metrics")
         return scalar
+
+    @field_validator("early_stopping_patience")
+    @classmethod
+    def _of_a_figure(cls, patience: int | None, info: ValidationInfo) -> int | None:
+        if patience is not None and not (info.data.get("best_metric") or "").startswith(PREFIX):
+            raise ValueError(f"needs best_metric, one of the figures: {PREFIX}fid or the like")
+        return patience
 
     @property
     def run_dir(self) -> Path:

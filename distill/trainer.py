@@ -17,6 +17,7 @@ from fewstep.distill.batches import Batches
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Distiller, Losses, Role
 from fewstep.distill.efficiency import LOWER
+from fewstep.distill.eval_config import PREFIX
 from fewstep.distill.interrupt import Interrupted, Signals
 from fewstep.distill.networks import average_gradients, mean, require_grad, swapped, update_average
 from fewstep.distill.random import generator
@@ -60,6 +61,7 @@ class Trainer:
         self.iteration = 0
         self.skipped = 0
         self.best: tuple[float, int] | None = None
+        self.worn_out = False
         self.scalars: dict[str, float] = {}  # the latest of each name: not every role steps in every iteration
         self.signals = Signals(speaks=accelerator.is_main_process)
         self.rates = {n: getattr(config, f"{n}_learning_rate", None) or config.learning_rate for n in self.roles}
@@ -74,13 +76,14 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last iteration, writing logs, previews and checkpoints."""
-        iterations = range(self.iteration, self.config.max_train_steps)
+        iterations = range(self.iteration, self.iteration if self.worn_out else self.config.max_train_steps)
         with self.signals, self._attention(), closing(self.record.progress(iterations)) as counted:
             for i in counted:
                 self.scalars |= (said := self.step(i))
                 self.iteration = i + 1
                 self.alarm.look(i + 1, said, self.record.checkpoints)
-                self._after()
+                if self._after():
+                    break
 
     def step(self, i: int) -> dict[str, float]:
         """One iteration: every role of `updates(i)` steps once; named scalars, means over micro-batches and processes."""
@@ -179,20 +182,28 @@ class Trainer:
         cure = "a lower learning_rate" + (", or mixed_precision: bf16" if self.config.mixed_precision == "fp16" else "")
         raise UserError(f"iteration {i + 1}: the {what} of {name} is not finite; {kept}. Try {cure}")
 
-    def _after(self) -> None:
+    def _after(self) -> bool:
+        """What follows an iteration; whether it was the last."""
         c, done = self.config, self.iteration
-        last = done == c.max_train_steps
         judged = c.evaluates(done)
         if judged and self.judge is not None:
             with self.averaged():
                 self.scalars |= self.judge(self.roles["student"].denoiser)
+        value = c.new_best(self.scalars, self.best and self.best[0], judged)
+        self.worn_out = c.early_stopping_patience is not None and self._any(c.wears_out(done, self.best, value))
+        if self.worn_out and self.best:
+            self.record.say(
+                f"ends here: {c.best_metric} was {self.best[0]:.4g} at iteration {self.best[1]}, no better since"
+            )
+        last = done == c.max_train_steps or self.worn_out
         if last or judged or done % c.logging_steps == 0:
             rate = learning_rate(c, c.learning_rate, done - 1)
             extra = {"skipped": float(self.skipped)} if self.skipped else {}
-            self.record.log(done, {"learning_rate": rate, **self.scalars, **extra})
+            said = self.scalars if judged else {k: v for k, v in self.scalars.items() if not k.startswith(PREFIX)}
+            self.record.log(done, {"learning_rate": rate, **said, **extra})
             self._metric_exists()
         due = last or done % c.checkpointing_steps == 0 or (judged and c.figure_is_best)
-        stop, value = self._stopping(), c.new_best(self.scalars, self.best and self.best[0], judged)
+        stop = self._stopping()
         if due and value is not None:
             self.best = (value, done)
         if due or stop:  # once an iteration: a whole checkpoint is never written over
@@ -203,6 +214,7 @@ class Trainer:
         if stop and not last:
             self.accelerator.wait_for_everyone()  # a launcher ends all processes when one ends
             raise Interrupted(f"stopped at iteration {done} of {c.max_train_steps}; go on with --resume")
+        return last
 
     def _metric_exists(self) -> None:
         """UserError as soon as every role has stepped and none logs `best_metric`."""
@@ -223,6 +235,7 @@ class Trainer:
         tensors: dict[str, dict[str, Tensor]] = {}
         meta: dict[str, Any] = {"optimizers": {}, "method": self.method.state_dict(), "best": self.best}
         meta |= {"scalars": self.scalars, "skipped": self.skipped, "alarm": self.alarm.state_dict()}
+        meta["worn_out"] = self.worn_out
         for name, role in self.roles.items():
             if role.parameters:
                 tensors[name] = {k: p.data for k, p in role.parameters.items()}
@@ -262,6 +275,7 @@ class Trainer:
         self.method.load_state_dict(meta["method"])
         self.iteration, self.skipped, self.scalars = meta["iteration"], meta["skipped"], meta.get("scalars", {})
         self.best = tuple(meta["best"]) if meta["best"] else None
+        self.worn_out = meta.get("worn_out", False)
         self.alarm.load_state_dict(meta.get("alarm", {}))
         self.record.rewind(self.iteration)
         self.record.say(f"resumed from {whole} at iteration {self.iteration}")
@@ -269,7 +283,10 @@ class Trainer:
 
     def _stopping(self) -> bool:
         """Whether a signal came to any process, so that all end after the same iteration."""
+        return self._any(self.signals.came)
+
+    def _any(self, flag: bool) -> bool:
+        """Whether it is so in any process."""
         if self.accelerator.num_processes == 1:
-            return self.signals.came
-        flag = torch.tensor(float(self.signals.came), device=self.accelerator.device)
-        return mean(self.accelerator, flag).item() > 0
+            return flag
+        return mean(self.accelerator, torch.tensor(float(flag), device=self.accelerator.device)).item() > 0

@@ -42,7 +42,7 @@ def test_the_best_checkpoint_by_a_figure_is_kept(tmp_path: Path, name: str, valu
     """Higher is better of a score, lower of a distance. Figures every two iterations make checkpoints of their own."""
     changes = {"eval_steps": 2, "eval_metrics": [name], "best_metric": f"eval/{name}", "checkpointing_steps": 100}
     lines = judged(tmp_path, values, checkpoints_total_limit=1, **changes)
-    assert [line["iteration"] for line in lines if f"eval/{name}" in line] == [2, 3, 4, 5, 6]  # the latest is repeated
+    assert [line["iteration"] for line in lines if f"eval/{name}" in line] == [2, 4, 6]
     assert [lines[i][f"eval/{name}"] for i in (1, 3, 5)] == values
     assert checkpoints(tmp_path) == sorted({f"step-{kept:06d}", "step-000006"})
 
@@ -52,6 +52,20 @@ def test_a_checkpoint_between_is_not_credited_with_an_earlier_figure(tmp_path: P
     changes = {"eval_steps": 3, "eval_metrics": ["motion"], "best_metric": "eval/motion", "checkpointing_steps": 2}
     judged(tmp_path, [5.0, 1.0], checkpoints_total_limit=1, **changes)
     assert checkpoints(tmp_path) == ["step-000003", "step-000006"]
+
+
+def test_a_run_ends_after_figures_that_are_no_better(tmp_path: Path):
+    """The best at iteration 2, two no better after it: iteration 4 is the last of six, and a resume adds none."""
+    changes = {"eval_steps": 1, "eval_metrics": ["motion"], "best_metric": "eval/motion", "early_stopping_patience": 2}
+    lines = judged(tmp_path, [5.0, 9.0, 9.0, 8.0], **changes)
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
+    again = scripted(tmp_path, Scripted({"student": square}), resume=True, **changes)
+    assert again.iteration == 4
+    again.run()
+    assert again.iteration == 4 and not again.record.finished()  # a student is still to be written
+    (tmp_path / "run" / "student").mkdir()
+    (tmp_path / "run" / "student" / "fewstep.json").write_text("{}")
+    assert again.record.finished()
 
 
 class Student(SimpleNamespace):
@@ -93,6 +107,7 @@ def test_figures_are_those_of_the_students_images(tmp_path: Path, monkeypatch: p
         ({"eval_metrics": ["fid"]}, "eval_reference: metric fid needs a folder of images"),
         ({"eval_metrics": ["clip"], "best_metric": "eval/fid"}, "best_metric: needs eval_steps, and its figure among"),
         ({"eval_metrics": ["clip"], "eval_weights": {"clip": "x"}}, "eval_weights"),
+        ({"eval_metrics": ["clip"], "early_stopping_patience": 2}, "early_stopping_patience: needs best_metric"),
     ],
 )
 def test_a_wrong_block_is_refused_before_anything_loads(changes: dict[str, Any], said: str):
