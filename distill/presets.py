@@ -120,12 +120,16 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
                 f"policy {self.policy} compares samples that keep noise, {what} clean ones; it takes divergence "
                 "reverse_kl or huber_kl, and gan_weight 0"
             )
-        if len(self.steps) > 1:
+        if self.policy == "phases" and len(self.steps) > 1:
             raise ValueError(
-                f"policy {self.policy} trains one step count, got steps {self.steps}: from its first level a student "
-                "would have to step to several others, and is not told to which"
+                f"policy phases trains one step count, got steps {self.steps}: the phases are those of its levels"
             )
-        top, (count,) = self.init_level or 1.0, self.steps
+        for count in self.steps:
+            self._levels_left(count)
+        return self
+
+    def _levels_left(self, count: int) -> None:
+        top = self.init_level or 1.0
         for i in range(count):
             start, to = top * (1 - i / count), top * (1 - (i + 1) / count)
             low, high = max(self.min_level, to + self.level_margin), min(self.max_level, start)
@@ -134,7 +138,6 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
                     f"no level is left to compare scores in step {i + 1} of {count}, from {start:.4g} to {to:.4g}: "
                     f"min_level {self.min_level:g}, max_level {self.max_level:g}, level_margin {self.level_margin:g}"
                 )
-        return self
 
     @property
     def discriminates(self) -> bool:

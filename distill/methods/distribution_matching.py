@@ -76,7 +76,7 @@ class DistributionMatching(Distiller):
         if c.prompt_dropout:
             condition = dropped(condition, rng.uniform("dropout") >= c.prompt_dropout)
         if c.policy in Noisy:
-            told, plan = condition.with_guidance(self.guidance), self.plan(c.steps[0])
+            told, plan = condition.with_guidance(self.guidance), self.plan(policy.drawn_count(c.steps, rng))
             if c.policy == "trajectory":
                 draws = policy.trajectory_draws(self.student.denoiser, told, plan, rng, batch.shape, roles)
             else:
@@ -286,7 +286,7 @@ class DistributionMatching(Distiller):
     def forwards(self) -> dict[str, dict[str, float]]:
         c = self.config
         rollout = sum((k - 1) / 2 for k in c.steps) / len(c.steps)
-        rollout = {"noised_data": 0.0, "trajectory": float(c.steps[0])}.get(c.policy, rollout)
+        rollout = {"noised_data": 0.0, "trajectory": sum(c.steps) / len(c.steps)}.get(c.policy, rollout)
         if c.policy == "phases":  # each a like share of the iterations
             rollout = sum(sum(phase) / len(phase) for phase in self.phases) / len(self.phases)
         return cost.calls(c, rollout, self.guidance is not None, c.policy == "trajectory")

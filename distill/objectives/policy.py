@@ -61,6 +61,11 @@ def drawn_step(counts: list[int], rng: Rngs) -> tuple[int, int]:
     return count, int(torch.randint(count, (1,), generator=source))
 
 
+def drawn_count(counts: list[int], rng: Rngs) -> int:
+    """Number of steps, uniform, drawn once for all samples and processes."""
+    return counts[int(torch.randint(len(counts), (1,), generator=rng.shared("count")))]
+
+
 @torch.no_grad()
 def backward_simulation(
     student: Denoiser, condition: Condition, plan: SamplingPlan, stop: int, rng: Rngs, shape: tuple[int, ...]
