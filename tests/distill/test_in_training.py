@@ -62,7 +62,8 @@ def test_a_run_ends_after_figures_that_are_no_better(tmp_path: Path):
     again = scripted(tmp_path, Scripted({"student": square}), resume=True, **changes)
     assert again.iteration == 4
     again.run()
-    assert again.iteration == 4 and not again.record.finished()  # a student is still to be written
+    assert again.iteration == 4
+    assert not again.record.finished()
     (tmp_path / "run" / "student").mkdir()
     (tmp_path / "run" / "student" / "fewstep.json").write_text("{}")
     assert again.record.finished()
