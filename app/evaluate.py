@@ -63,6 +63,9 @@ class Request:
     cost_batches: Sequence[int] = ()
     weights: Weights = field(default_factory=Weights)
     timesteps: Sequence[int] | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
 
 
 def evaluate(request: Request) -> None:
@@ -113,6 +116,7 @@ class Evaluation:
         own, counts = request.timesteps, request.steps
         if own is not None and any(k != len(own) for k in counts):
             raise UserError(f"--timesteps: {len(own)} of them for --steps {','.join(map(str, counts))}")
+        self.size = self._size()
         self._check()
         self.judges = Judges(request.weights, device())
         if not self.processes.first:
@@ -124,6 +128,15 @@ class Evaluation:
         self.rows: list[Row] = []
         self.target: tuple[Row, Seen] | None = None
         self.notes: list[str] = []
+
+    def _size(self) -> dict[str, int | None]:
+        """Of the pipelines' images: as asked, else that of the first student, else their own."""
+        names, manifests = ("height", "width", "num_frames"), list(self.students.values())
+        asked = {k: getattr(self.request, k) for k in names}
+        for manifest in manifests:
+            for k in (k for k in names if asked[k] not in (None, getattr(manifest, k))):
+                raise UserError(f"--{k.replace('_', '-')} {asked[k]}: a student has the size it was trained at")
+        return {k: getattr(manifests[0], k) for k in names} if manifests else asked
 
     def _check(self) -> None:
         """Refuse figures that no row could have."""
@@ -176,7 +189,7 @@ class Evaluation:
             for k in counts:
                 yield self._draw(student_sampler(student, manifest, source, k), manifest.plan(k).model_dump_json())
         else:
-            teacher = Teacher(source)
+            teacher = Teacher(source, **self.size)
             for k in counts:
                 yield self._draw(teacher.sampler(k, **self._how(source)))
 
@@ -196,7 +209,7 @@ class Evaluation:
         """The teacher that others are compared with: the first pipeline without its LoRA, or the first student's base."""
         for source in self.sampled:
             if source not in self.students:
-                return Teacher(parts(source)[0])
+                return Teacher(parts(source)[0], **self.size)
         return teacher_of(self.students[self.sampled[0]])
 
     @property

@@ -41,6 +41,11 @@ def evaluate(
     guidance_scale: Guidance = None,
     scheduler: Scheduler = None,
     timesteps: Timesteps = None,
+    height: Annotated[
+        int | None, typer.Option(help="Of pipelines' images, pixels. Default: the student's, or their own.", min=1)
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="The same.", min=1)] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Of pipelines' clips; the same.", min=1)] = None,
     teacher_steps: Annotated[int, typer.Option(help="Of the teacher that others are compared with.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Of prompts and images.", min=0)] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch", help="Images sampled at once.", min=1)] = 16,
@@ -57,6 +62,8 @@ def evaluate(
     aesthetic_weights: options.AestheticWeights = "sac+logos+ava1-l14-linearMSE.pth",
     hps_weights: options.HpsWeights = None,
     i3d_weights: options.I3dWeights = "i3d_torchscript.pt",
+    raft_weights: options.RaftWeights = None,
+    clip_fps: options.ClipFps = 16,
     manifold_space: options.ManifoldSpace = "inception",
     debug: Debug = False,
 ) -> None:
@@ -85,25 +92,31 @@ def evaluate(
 
     weights = Weights(
         *(inception_weights, clip_model, clip_weights, dino_model, lpips_net, lpips_weights),
-        *(aesthetic_weights, hps_weights, i3d_weights, manifold_space),
+        *(aesthetic_weights, hps_weights, i3d_weights, raft_weights, clip_fps, manifold_space),
     )
     run(
         Request(
             *(sources, counts, names, num, prompts, out, per_prompt, reference, guidance_scale, scheduler, seed),
-            *(teacher_steps, batch_size, judge_batch, sizes, weights, own),
+            *(teacher_steps, batch_size, judge_batch, sizes, weights, own, height, width, num_frames),
         )
     )
 
 
 def stats(
-    folder: Annotated[str, typer.Argument(help="Images, in this folder and those below it.", metavar="DIR")],
+    folder: Annotated[str, typer.Argument(help="Images, in this folder and those below it; or clips.", metavar="DIR")],
     out: Annotated[Path, typer.Option(help="The file, which ends in .npz.")],
-    space: Annotated[str, typer.Option(help="Feature space: inception (for fid), clip or dino.")] = "inception",
+    space: Annotated[
+        str,
+        typer.Option(
+            help="Feature space: inception (for fid), clip or dino; of clips frames (frame_fid) or i3d (fvd)."
+        ),
+    ] = "inception",
     batch_size: Annotated[int, typer.Option(help="Images judged at once.", min=1)] = 32,
     inception_weights: options.InceptionWeights = None,
     clip_model: options.ClipModel = "ViT-L-14",
     clip_weights: options.ClipWeights = "openai",
     dino_model: options.DinoModel = "facebook/dinov2-large",
+    i3d_weights: options.I3dWeights = "i3d_torchscript.pt",
     debug: Debug = False,
 ) -> None:
     """Make the reference of a Frechet distance from a folder: mean and covariance of its images' features.
@@ -116,7 +129,7 @@ def stats(
     from fewstep.app.stats import stats as run
     from fewstep.distill.metric_names import Weights
 
-    weights = Weights(inception_weights, clip_model, clip_weights, dino_model)
+    weights = Weights(inception_weights, clip_model, clip_weights, dino_model, i3d_weights=i3d_weights)
     print(run(folder, out, space, batch_size, weights))
 
 

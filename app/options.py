@@ -63,6 +63,11 @@ LpipsWeights = Annotated[str | None, _option("Of that backbone, a file. Default:
 AestheticWeights = Annotated[str, _option("LAION's aesthetic head for that CLIP, a file.")]
 HpsWeights = Annotated[str | None, _option("Of HPSv2, a file. Default: its package's download.")]
 I3dWeights = Annotated[str, _option("I3D of FVD, a TorchScript file.")]
+RaftWeights = Annotated[
+    str | None,
+    _option("RAFT of optical flow, large or small, a file of torchvision's. Default: its cache, or downloaded."),
+]
+ClipFps = Annotated[float, _option("Frames a second of the clips, for dynamic_degree.")]
 ManifoldSpace = Annotated[
     str, _option("Features of precision, recall, density and manifold_coverage: inception, clip or dino.")
 ]

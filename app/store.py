@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.distill import checkpoint
+from fewstep.metrics import clips
 from fewstep.metrics.clips import FRAMES, read_clip
 from fewstep.metrics.images import batches, read_image
 
@@ -127,17 +128,12 @@ def read(files: Sequence[Path]) -> Tensor:
 
 
 def read_batches(files: Sequence[Path], numbers: Sequence[int], size: int) -> Iterator[tuple[list[int], Tensor]]:
-    """(numbers, images) of some of the files, at most `size` at once, of one size each."""
+    """(numbers, images) of some of the files, at most `size` at once, of one size and length each."""
     done = 0
     if not numbers:
         return
-    if _is_clip(files[numbers[0]]):
-        parts: Iterator[Tensor] = (
-            read([files[i] for i in numbers[j : j + size]]) for j in range(0, len(numbers), size)
-        )
-    else:
-        parts = batches([files[i] for i in numbers], size)
-    for images in parts:
+    some = [files[i] for i in numbers]
+    for images in clips.batches(some, size) if _is_clip(some[0]) else batches(some, size):
         yield list(numbers[done : done + len(images)]), images
         done += len(images)
 

@@ -39,6 +39,8 @@ class Judges:
     def __init__(self, weights: Weights, device: str = "cpu"):
         if weights.manifold_space not in SPACES:
             raise UserError(f"--manifold-space {weights.manifold_space}: unknown; known: {', '.join(SPACES)}")
+        if not weights.clip_fps > 0:
+            raise UserError(f"--clip-fps {weights.clip_fps:g}: must be above 0")
         self.weights, self.device = weights, device
 
     @cached_property
@@ -83,6 +85,13 @@ class Judges:
 
         with one_line("--i3d-weights FILE"):
             return I3D(self.weights.i3d_weights, self.device)
+
+    @cached_property
+    def raft(self) -> Any:
+        from fewstep.metrics.video import Raft
+
+        with one_line("--raft-weights FILE"):
+            return Raft(self.weights.raft_weights, device=self.device)
 
     @cached_property
     def hps(self) -> Callable[[Tensor, Sequence[str]], Tensor]:

@@ -70,6 +70,8 @@ METRICS: dict[str, Metric] = {
     "frame_fid": _metric("Frechet distance of all frames, Inception features", "inception", "reference clips"),
     "consistency": _metric("cosine of CLIP features of consecutive frames", "clip", "clips", "higher"),
     "motion": _metric("grey levels between consecutive frames", "", "clips", "higher"),
+    "flow_motion": _metric("pixels that things move from frame to frame, optical flow", "raft", "clips", "higher"),
+    "dynamic_degree": _metric("share of clips that move, as VBench counts it", "raft", "clips", "higher"),
     **{
         name: _metric(about, "", "embedded images", better)
         for name, about, better in (
@@ -107,7 +109,8 @@ GIVEN = {
     "variants": "two or more images of a prompt; say --per-prompt 2 or more",
     "embedded": "the embedded prompts, e.g. embedded:emoji, and not {prompts}",
     "clips": "clips, and these are images",
-    "images": "still images, and these are clips; of clips there are fvd, frame_fid, consistency and motion",
+    "images": "still images, and these are clips; of clips there are fvd, frame_fid, consistency, motion, flow_motion and "
+    "dynamic_degree",
 }
 """How what a figure needs is supplied."""
 
@@ -126,6 +129,9 @@ class Weights:
         aesthetic_weights: a file of LAION's head for that CLIP.
         hps_weights: a file; None: the package's download.
         i3d_weights: the TorchScript file of FVD's network.
+        raft_weights: a file of torchvision's RAFT, large or small; None: the large one of torchvision's cache, or
+            downloaded.
+        clip_fps: frames a second of the clips, for dynamic_degree.
         manifold_space: inception, clip or dino: where precision, recall, density and manifold_coverage are taken.
     """
 
@@ -138,11 +144,15 @@ class Weights:
     aesthetic_weights: str = "sac+logos+ava1-l14-linearMSE.pth"
     hps_weights: str | None = None
     i3d_weights: str = "i3d_torchscript.pt"
+    raft_weights: str | None = None
+    clip_fps: float = 16
     manifold_space: str = "inception"
 
 
 SPACES = ("inception", "clip", "dino")
 """Feature spaces of still images."""
+CLIP_SPACES = ("frames", "i3d")
+"""Of clips: Inception of all frames, and I3D of whole clips."""
 
 
 def _refuse(line: str) -> NoReturn:

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.distill.judges import Judges, one_line
-from fewstep.distill.metric_names import FRECHET, METRICS
-from fewstep.distill.seen import Seen, see
-from fewstep.metrics.features import Kept, extract
+from fewstep.distill.metric_names import CLIP_SPACES, FRECHET, METRICS
+from fewstep.distill.seen import Seen
+from fewstep.metrics import clips, images
+from fewstep.metrics.features import Features, Kept, Read, extract
 from fewstep.metrics.frechet import Gaussian, moments
+from fewstep.metrics.images import image_files
 from fewstep.metrics.statistics import Statistics, cached, load
+from fewstep.metrics.video import OfLength
 from fewstep.samplers.errors import UserError
 
 CACHE = Path("~/.cache/fewstep/statistics")
 """Where moments of folders are kept."""
+CLIPS = 8
+"""Clips in memory at once: 81 frames of 480x832 are 0.1 GB."""
 
 
 def read_reference(source: str, names: Sequence[str], judges: Judges, cache: Path, batch: int = 32) -> Seen:
@@ -39,13 +44,24 @@ def read_reference(source: str, names: Sequence[str], judges: Judges, cache: Pat
     if not path.is_dir():
         raise UserError(f"--reference {source}: neither a folder of images, nor a .npz of mu and sigma, nor teacher")
     with one_line():
-        if any("clips" in METRICS[n].needs for n in needy):
-            return _clips(path, needy, judges)
         kept = {s: _keep(judges, s, path, batch) for s in kept_spaces}
         found: dict[str, Gaussian] = {s: moments(kept[s].tensor()) for s in moment_spaces if s in kept}
         for space in set(moment_spaces) - set(found):
-            found[space] = cached(judges.space(space), path, cache, batch)
+            features, files, read = readable(judges, space, path)
+            some = min(batch, CLIPS) if space == "i3d" else batch
+            found[space] = cached(features, files, cache, some, read)
     return Seen(kept=kept, published=found)
+
+
+def readable(judges: Judges, space: str, folder: str | Path) -> tuple[Features, list[Path], Read]:
+    """A feature space, a folder's images or clips for it, and how these are read."""
+    features = judges.space(space)
+    if space not in CLIP_SPACES:
+        return features, image_files(folder), images.batches
+    files = clips.clip_paths(folder)
+    if space == "frames":
+        return features, files, clips.frames
+    return OfLength(features, len(clips.read_clip(files[0]))), files, clips.batches
 
 
 def load_statistics(path: Path) -> Statistics:
@@ -57,7 +73,8 @@ def load_statistics(path: Path) -> Statistics:
 def _published(known: Statistics, spaces: Sequence[str], judges: Judges, source: str) -> Seen:
     for space in spaces:
         name = judges.space(space).name
-        if known.features and known.features != name:
+        # clips of another length are refused when figures are read
+        if known.features and not (known.features == name or known.features.startswith(f"{name}-")):
             raise UserError(f"{source}: statistics of {known.features}; this evaluation needs {name}")
     return Seen(published=dict.fromkeys(spaces, known))
 
@@ -66,13 +83,3 @@ def _keep(judges: Judges, space: str, folder: Path, batch: int) -> Kept:
     kept = Kept(judges.space(space).name)
     kept.update(extract(judges.space(space), folder, batch))
     return kept
-
-
-def _clips(folder: Path, names: Sequence[str], judges: Judges) -> Seen:
-    from fewstep.metrics import clips
-
-    seen, done = Seen(), 0
-    for some in clips.batches(folder):
-        see(seen, some, range(done, done + len(some)), names, judges)
-        done += len(some)
-    return seen

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from fewstep.distill.evaluation import Figures
 from fewstep.distill.judges import Judges, one_line
 from fewstep.distill.metric_names import FRECHET, MANIFOLD, MANIFOLDS, METRICS, OF_PROMPTS
-from fewstep.metrics.features import Kept
+from fewstep.metrics.features import Features, Kept
 from fewstep.metrics.frechet import Gaussian, Running, frechet_figure, frechet_infinity
 from fewstep.metrics.networks import cosine
 from fewstep.metrics.pixels import image_psnr, mean_distance
 from fewstep.metrics.scores import Scores
+from fewstep.metrics.video import OfLength
 from fewstep.samplers.errors import UserError
 
 GROUPS = 10
@@ -87,16 +88,21 @@ def see(
     def features(space: str) -> Tensor:
         """Of each image once; of every frame of a clip."""
         if space not in found:
-            network = judges.space(space)
-            found[space] = network(images.flatten(0, 1) if space == "frames" else images)
+            found[space] = network(space)(images.flatten(0, 1) if space == "frames" else images)
         return found[space]
+
+    def network(space: str) -> Features:
+        return OfLength(judges.i3d, images.shape[1]) if space == "i3d" else judges.space(space)
 
     def numbers(space: str) -> Sequence[int]:
         return [k * images.shape[1] + f for k in keys for f in range(images.shape[1])] if space == "frames" else keys
 
     with one_line():
         for space in judges.frechet_spaces(names):
-            running = seen.running.setdefault(space, Running(judges.space(space).name, GROUPS))
+            name = network(space).name
+            running = seen.running.setdefault(space, Running(name, GROUPS))
+            if running.features != name:
+                raise UserError(f"fvd compares clips of one length; got {running.features} and {name}")
             running.update(features(space), numbers(space))
         for space in judges.kept_spaces(names):
             kept = seen.kept.setdefault(space, Kept(judges.space(space).name))
@@ -125,13 +131,8 @@ def _values(
                 found[name] = 100 * cosine(features("clip"), judges.clip.texts(prompts))
             else:
                 found[name] = getattr(judges, name)(images, prompts)
-    if "motion" in names or "consistency" in names:
-        from fewstep.metrics.video import consistency, frame_features, motion
-
-        if "motion" in names:
-            found["motion"] = motion(images)
-        if "consistency" in names:
-            found["consistency"] = consistency(frame_features(judges.clip, images))
+    if set(names) & {"motion", "consistency", "flow_motion", "dynamic_degree"}:
+        found |= _of_clips(images, names, judges)
     to_teacher = [n for n in names if n.endswith("_to_teacher")]
     if target is not None and to_teacher:
         if images.shape != target.shape:
@@ -147,6 +148,21 @@ def _values(
             values = fidelity(images, target, lpips, near)
             values["clip"] = values.pop("clip_similarity", torch.empty(0))
             found |= {n: values[n.removesuffix("_to_teacher")] for n in to_teacher}
+    return found
+
+
+def _of_clips(clips: Tensor, names: Sequence[str], judges: Judges) -> dict[str, Tensor]:
+    from fewstep.metrics import video
+
+    found: dict[str, Tensor] = {}
+    if "motion" in names:
+        found["motion"] = video.motion(clips)
+    if "consistency" in names:
+        found["consistency"] = video.consistency(video.frame_features(judges.clip, clips))
+    if "flow_motion" in names:
+        found["flow_motion"] = video.flow_motion(judges.raft, clips)
+    if "dynamic_degree" in names:
+        found["dynamic_degree"] = video.dynamic(judges.raft, clips, judges.weights.clip_fps)
     return found
 
 

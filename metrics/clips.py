@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.metrics.images import SIDECARS
+
 VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -23,11 +25,15 @@ Source = Tensor | str | Path | Sequence[str | Path]
 
 
 def clip_paths(folder: str | Path) -> list[Path]:
-    """Clips of a folder by name: files that end in `VIDEOS` or `ANIMATIONS`, and folders of frames. Others are refused."""
+    """Clips of a folder by name: files that end in `VIDEOS` or `ANIMATIONS`, and folders of frames.
+
+    Files that end in `SIDECARS` and hidden ones are left out, as beside images; others are refused.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of clips")
-    found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    shown = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    found = [path for path in shown if path.is_dir() or path.suffix.lower() not in SIDECARS]
     for path in found:
         if path.is_file() and path.suffix.lower() not in VIDEOS + ANIMATIONS:
             known = ", ".join(VIDEOS + ANIMATIONS)
@@ -76,6 +82,12 @@ def batches(source: Source, size: int = 8) -> Iterator[Tensor]:
         alike.append(clip)
     if alike:
         yield torch.stack(alike)
+
+
+def frames(source: Source, size: int = 64) -> Iterator[Tensor]:
+    """All frames of all clips in order, (B, 3, H, W) uint8, B at most `size`, of one clip each."""
+    for clip in batches(source, 1):
+        yield from clip[0].split(size)
 
 
 def _frame_files(folder: Path) -> list[Path]:

@@ -6,13 +6,16 @@ images with each other (KID, IS, CMMD, manifolds).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fewstep.metrics.images import Source, batches
+
+Read = Callable[[Source, int], Iterator[Tensor]]
+"""A source and a number to batches of at most as many: `images.batches`, or of clips `clips.batches` and `clips.frames`."""
 
 
 class Features(Protocol):
@@ -28,14 +31,20 @@ class Features(Protocol):
     def __call__(self, images: Tensor, /) -> Tensor: ...
 
 
-def each(features: Features, source: Source, batch: int = 64) -> Iterator[Tensor]:
+def each(features: Features, source: Source, batch: int = 64, read: Read = batches) -> Iterator[Tensor]:
     """Features of images in order, (B, D) float32 on the CPU.
+
+    Args:
+        features: the network.
+        source: images, or what else `read` reads.
+        batch: images at once.
+        read: source and batch to batches.
 
     Raises:
         ValueError: features that are NaN or infinite, with the first such image.
     """
     seen = 0
-    for images in batches(source, batch):
+    for images in read(source, batch):
         found = features(images).detach().float().cpu()
         if found.shape[0] != len(images) or found.ndim != 2:
             raise ValueError(f"{features.name}: made {tuple(found.shape)} of {len(images)} images, and not (B, D)")

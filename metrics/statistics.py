@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.metrics.features import Features, each
+from fewstep.metrics.features import Features, Read, each
 from fewstep.metrics.frechet import Running
-from fewstep.metrics.images import Source, image_files, to_uint8
+from fewstep.metrics.images import Source, batches, image_files, to_uint8
 
 
 class Statistics(NamedTuple):
@@ -42,27 +42,27 @@ def of_state(state: Running, content: str = "") -> Statistics:
     return Statistics(moments.mean, moments.covariance, moments.n, state.features, content)
 
 
-def of_images(features: Features, source: Source, batch: int = 64) -> Statistics:
-    """Statistics of a tensor, a folder or a list of images, in constant memory."""
+def of_images(features: Features, source: Source, batch: int = 64, read: Read = batches) -> Statistics:
+    """Statistics of a tensor, a folder or a list of images, in constant memory; of clips with a `read` of theirs."""
     state = Running(features.name, groups=1)
-    for found in each(features, source, batch):
+    for found in each(features, source, batch, read):
         state.update(found)
     if state.n < 2:
         raise ValueError(f"reference statistics need at least 2 images; got {state.n}")
     return of_state(state, content_hash(source))
 
 
-def cached(features: Features, source: Source, folder: str | Path, batch: int = 64) -> Statistics:
+def cached(features: Features, source: Source, folder: str | Path, batch: int = 64, read: Read = batches) -> Statistics:
     """`of_images`, kept in a folder under the name of the feature space and the hash of the images."""
     name = re.sub(r"[^\w.-]+", "_", features.name)
     path = Path(folder) / f"{name}-{content_hash(source)[:16]}.npz"
     if not path.is_file():
-        save(of_images(features, source, batch), path)
+        save(of_images(features, source, batch, read), path)
     return load(path)
 
 
 def content_hash(source: Source) -> str:
-    """SHA-256 of images and their order; of files the bytes, not the names and times."""
+    """SHA-256 of images and their order; of files the bytes, not the names and times. In a list a folder is a clip."""
     total = hashlib.sha256()
     if isinstance(source, Tensor):
         images = to_uint8(source).cpu().contiguous()
@@ -70,12 +70,18 @@ def content_hash(source: Source) -> str:
         total.update(images.numpy().tobytes())
         return total.hexdigest()
     for path in image_files(source):
-        try:
-            with path.open("rb") as file:
-                total.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        total.update(_digest(path))
     return total.hexdigest()
+
+
+def _digest(path: Path) -> bytes:
+    if path.is_dir():
+        return hashlib.sha256(b"".join(map(_digest, image_files(path)))).digest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def save(statistics: Statistics, path: str | Path) -> None:

@@ -6,6 +6,7 @@ a still clip is perfectly consistent: read consistency beside motion.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -85,16 +86,34 @@ def dynamic(flow: Flow, clips: Tensor, fps: float = 8) -> Tensor:
     """1 for each clip that moves and 0 for the others, (N,); their mean is the dynamic degree (VBench, arXiv:2311.17982).
 
     A step moves if the fastest 5% of its pixels go farther on average than 6 pixels at a shorter side of 256, more
-    where fps is below 8; a clip moves if a quarter as many steps do as it has frames. VBench takes clips at about 8 fps:
-    leave out frames of faster ones.
+    where fps is below 8; a clip moves if a quarter as many steps do as it has frames. Clips are taken at about 8 fps:
+    of faster ones at every second frame, every third, ...
     """
     check_clips(clips)
+    clips = clips[:, :: max(1, round(fps / 8))]
+    if clips.shape[1] < 2:
+        raise ValueError(f"dynamic degree: clips at {fps:g} fps last less than two frames at 8 fps")
     frames, height, width = clips.shape[1], *clips.shape[-2:]
     threshold = max(1.0, 8 / fps) * 6 * min(height, width) / 256
     fastest = max(1, int(height * width * 0.05))
     speeds = [flow(a, b).double().norm(dim=1).flatten(1).topk(fastest).values.mean(1) for a, b in _steps(clips)]
     moving = (torch.stack(speeds, 1) > threshold).sum(1)
     return (moving >= max(1, round(frames / 4))).double()
+
+
+class OfLength:
+    """A network of clips for those of one length, whose name tells it: features of others do not compare."""
+
+    def __init__(self, network: Any, frames: int):
+        self.network, self.frames = network, frames
+        self.name = f"{network.name}-{frames}-frames"
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        """Features of clips (N, F, 3, H, W) uint8; ValueError for another F."""
+        check_clips(clips)
+        if clips.shape[1] != self.frames:
+            raise ValueError(f"fvd compares clips of one length; got {self.frames} and {clips.shape[1]} frames")
+        return self.network(clips)
 
 
 class I3D:
@@ -106,8 +125,6 @@ class I3D:
         batch: clips in one call.
     """
 
-    name = "i3d"
-
     def __init__(self, path: str | Path, device: str | torch.device = "cpu", batch: int = 4):
         self.device, self.batch = device, batch
         otherwise = f"run: curl -Lo {path} '{I3D_URL}'"
@@ -117,6 +134,8 @@ class I3D:
             self.network = torch.jit.load(path, map_location=device).eval()
         except RuntimeError as error:
             raise ValueError(f"i3d: {path} is no TorchScript file; {otherwise}") from error
+        with Path(path).open("rb") as file:
+            self.name = f"i3d-{hashlib.file_digest(file, 'sha256').hexdigest()[:8]}"
 
     def __call__(self, clips: Tensor) -> Tensor:
         """Features (N, 400) float32 of clips (N, F, 3, H, W) uint8, resized by the network itself; F at least 10."""
@@ -130,30 +149,42 @@ class I3D:
         return self.network(channels_first, rescale=True, resize=True, return_features=True)
 
 
+FIRST = "feature_encoder.convnormrelu.0.weight"
+"""Of torchvision's RAFT the first convolution: 32 channels in the small one, 64 in the large one."""
+
+
 class Raft:
     """Optical flow by torchvision's RAFT (arXiv:2003.12039), from a file of its weights.
 
     Args:
-        path: torchvision's weights of raft_large or raft_small.
-        size: which of the two.
+        path: torchvision's weights; None: the large ones of its cache, or a download into it.
+        size: raft_large or raft_small; None: whichever the file is of.
         device: where it runs.
         batch: pairs of frames in one call.
     """
 
     def __init__(
         self,
-        path: str | Path,
-        size: Literal["large", "small"] = "large",
+        path: str | Path | None,
+        size: Literal["large", "small"] | None = None,
         device: str | torch.device = "cpu",
         batch: int = 4,
     ):
         declare_torchvision_operators()
         from torchvision.models import optical_flow
 
+        published: Any = getattr(optical_flow, f"Raft_{(size or 'large').capitalize()}_Weights").DEFAULT
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
+        otherwise = f"run: curl --create-dirs -Lo {path or cached} {published.url}"
+        if path is None:
+            try:
+                state = published.get_state_dict(progress=False)
+            except OSError as error:  # what urllib raises without a network
+                raise ValueError(f"raft: the weights are not on this machine; {otherwise}, or give a file") from error
+        else:
+            state = read_weights(path, "raft", otherwise)
+        size = size or ("small" if len(state.get(FIRST, ())) == 32 else "large")
         self.name, self.device, self.batch = f"raft-{size}", device, batch
-        published: Any = getattr(optical_flow, f"Raft_{size.capitalize()}_Weights").DEFAULT
-        otherwise = f"run: curl -Lo {path} {published.url}"
-        state = read_weights(path, "raft", otherwise)
         self.network = getattr(optical_flow, f"raft_{size}")().eval().requires_grad_(False)
         try:
             self.network.load_state_dict(state)

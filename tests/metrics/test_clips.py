@@ -99,8 +99,9 @@ def test_what_is_no_clip_is_refused_by_name(clip, tmp_path):
         with pytest.raises(ValueError, match=line) as caught:
             read_clip(path)
         assert len(str(caught.value).splitlines()) == 1
-    (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"notes.txt: not a clip; a folder of clips holds .mp4"):
+    (tmp_path / "notes.txt").write_text("")  # stands beside clips, as a caption does
+    (tmp_path / "notes.pdf").write_text("")
+    with pytest.raises(ValueError, match=r"notes.pdf: not a clip; a folder of clips holds .mp4"):
         list(batches(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no clips"):

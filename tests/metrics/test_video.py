@@ -79,7 +79,10 @@ def test_dynamic_degree_counts_steps_of_the_fastest_pixels():
     clips = torch.stack([moving(*case) for case in cases]).to(torch.uint8)
     assert dynamic(told, clips).tolist() == [1, 0, 0, 0, 1, 1]
     assert dynamic(told, clips, fps=4).tolist() == [0, 0, 0, 0, 0, 1]  # 1.5 a step
-    assert dynamic(told, clips, fps=24).tolist() == [1, 0, 0, 0, 1, 1]
+    tripled = clips.repeat_interleave(3, 1)[:, :-2]  # every frame thrice but for the last
+    assert dynamic(told, tripled, fps=24).tolist() == [1, 0, 0, 0, 1, 1]
+    with pytest.raises(ValueError, match="less than two frames at 8 fps"):
+        dynamic(told, clips[:, :3], fps=24)
     assert dynamic(searched, CLIPS).tolist() == [0, 1, 1]
 
 
@@ -165,7 +168,10 @@ def test_raft_is_that_of_torchvision(tmp_path):
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(raft(frames[:2], frames[1:]), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(raft(frames[:1, :, :130, :100], frames[1:2, :, :130, :100]), cut, rtol=1e-3, atol=1e-3)
-    with pytest.raises(ValueError, match=r"raft: no file .*none.pth; run: curl -Lo .* https://download.pytorch.org/"):
+    assert Raft(tmp_path / "raft.pth").name == "raft-small"
+    with pytest.raises(
+        ValueError, match=r"raft: no file .*none.pth; run: curl --create-dirs -Lo .* https://download.pytorch.org/"
+    ):
         Raft(tmp_path / "none.pth")
     with pytest.raises(ValueError, match=r"raft\.pth holds no raft_large of torchvision; run: curl"):
         Raft(tmp_path / "raft.pth", "large")
