@@ -52,7 +52,7 @@ class InTraining:
         given |= {"variants"} if len(set(prompts.groups)) < len(prompts) else set()
         check(self.names, given | {"reference"}, prompts.name)
         self.batch = config.train_batch_size
-        self.judges = Judges(config.eval_weights, device())
+        self.judges = Judges(config.eval_weights, device(), "eval_weights: {}".format)
         self.judges.load(self.names)
         self.real = reference_pictures(prompts, self.names)
         self.reference: Seen | None = None

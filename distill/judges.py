@@ -14,15 +14,20 @@ from fewstep.metrics.features import Features
 from fewstep.samplers.errors import UserError
 
 
+def option(field: str) -> str:
+    """A field of `Weights` as an option of the command line."""
+    return f"--{field.replace('_', '-')}"
+
+
 @contextmanager
-def one_line(option: str = "") -> Iterator[None]:
+def one_line(mended_by: str = "") -> Iterator[None]:
     """What the metrics refuse with ValueError is the user's to mend: as a UserError, with the option that mends it."""
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
-        hint = f" (here: {option})" if option else ""
+        hint = f" (here: {mended_by})" if mended_by else ""
         raise UserError(f"{error}{hint}".replace("\n", " ")) from error
 
 
@@ -32,36 +37,37 @@ class Judges:
     Args:
         weights: where they come from.
         device: where they run.
+        spelt: a field of the weights as the user spells it.
 
     Every attribute raises UserError where its weights are missing, with the command or the option that supplies them.
     """
 
-    def __init__(self, weights: Weights, device: str = "cpu"):
+    def __init__(self, weights: Weights, device: str = "cpu", spelt: Callable[[str], str] = option):
         if weights.manifold_space not in SPACES:
-            raise UserError(f"--manifold-space {weights.manifold_space}: unknown; known: {', '.join(SPACES)}")
+            raise UserError(f"{spelt('manifold_space')} {weights.manifold_space}: unknown; known: {', '.join(SPACES)}")
         if not weights.clip_fps > 0:
-            raise UserError(f"--clip-fps {weights.clip_fps:g}: must be above 0")
-        self.weights, self.device = weights, device
+            raise UserError(f"{spelt('clip_fps')} {weights.clip_fps:g}: must be above 0")
+        self.weights, self.device, self.spelt = weights, device, spelt
 
     @cached_property
     def inception(self) -> Any:
         from fewstep.metrics.inception import Inception
 
-        with one_line("--inception-weights FILE"):
+        with one_line(f"{self.spelt('inception_weights')} FILE"):
             return Inception(weights=self.weights.inception_weights, device=self.device)
 
     @cached_property
     def clip(self) -> Any:
         from fewstep.metrics.clip import Clip
 
-        with one_line("--clip-model, --clip-weights"):
+        with one_line(f"{self.spelt('clip_model')}, {self.spelt('clip_weights')}"):
             return Clip(self.weights.clip_model, self.weights.clip_weights, self.device)
 
     @cached_property
     def dino(self) -> Any:
         from fewstep.metrics.dino import Dino
 
-        with one_line("--dino-model FOLDER"):
+        with one_line(f"{self.spelt('dino_model')} FOLDER"):
             return Dino(self.weights.dino_model, self.device)
 
     @cached_property
@@ -69,28 +75,28 @@ class Judges:
         from fewstep.metrics.lpips import Lpips
 
         net: Any = self.weights.lpips_net
-        with one_line("--lpips-weights FILE"):
+        with one_line(f"{self.spelt('lpips_weights')} FILE"):
             return Lpips(net, self.weights.lpips_weights, self.device)
 
     @cached_property
     def aesthetic(self) -> Any:
         from fewstep.metrics.aesthetic import load_head
 
-        with one_line("--aesthetic-weights FILE"):
+        with one_line(f"{self.spelt('aesthetic_weights')} FILE"):
             return load_head(self.weights.aesthetic_weights, self.device)
 
     @cached_property
     def i3d(self) -> Any:
         from fewstep.metrics.video import I3D
 
-        with one_line("--i3d-weights FILE"):
+        with one_line(f"{self.spelt('i3d_weights')} FILE"):
             return I3D(self.weights.i3d_weights, self.device)
 
     @cached_property
     def raft(self) -> Any:
         from fewstep.metrics.video import Raft
 
-        with one_line("--raft-weights FILE"):
+        with one_line(f"{self.spelt('raft_weights')} FILE"):
             return Raft(self.weights.raft_weights, device=self.device)
 
     @cached_property
