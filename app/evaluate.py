@@ -37,6 +37,7 @@ from fewstep.distill.references import CACHE, read_reference
 from fewstep.distill.report import COLUMNS, finite, write_json
 from fewstep.distill.seen import Seen, figures, see, see_prompt
 from fewstep.distill.table import label, labels, show
+from fewstep.metrics.frechet import FEWEST
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import class_of, family, load_student, parts
 from fewstep.samplers.manifest import read_manifest
@@ -151,6 +152,11 @@ class Evaluation:
         check(self.names, given, self.prompts.name)
         if self.request.reference == "teacher" and not self.sampled:
             raise UserError("--reference teacher: folders of images have no teacher; name a pipeline or a student too")
+        endless = [n for n in self.names if n.endswith("_infinity")]
+        if endless and self.sampled and len(self.prompts) < FEWEST:
+            raise UserError(
+                f"metric {endless[0]}: extrapolates from {FEWEST} images or more; say --num {FEWEST} or more"
+            )
         if not self.names:
             raise UserError("--metrics: none suits folders of images alone; say e.g. --metrics fid --reference FOLDER")
 

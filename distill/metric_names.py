@@ -47,7 +47,9 @@ METRICS: dict[str, Metric] = {
     "kid": _metric("kernel distance to the reference, unbiased at any number", "inception", "reference images"),
     "is": _metric("Inception score", "inception", "images", "higher"),
     "fd_dino": _metric("Frechet distance, DINOv2 features", "dino", "reference images"),
+    "fd_dino_infinity": _metric("the same, extrapolated", "dino", "reference images"),
     "fd_clip": _metric("Frechet distance, CLIP features", "clip", "reference images"),
+    "fd_clip_infinity": _metric("the same, extrapolated", "clip", "reference images"),
     "cmmd": _metric("kernel distance, CLIP features", "clip", "reference images"),
     "precision": _metric("share of images that look like the reference", MANIFOLD, "reference images", "higher"),
     "recall": _metric("share of the reference that the images reach", MANIFOLD, "reference images", "higher"),
@@ -67,7 +69,9 @@ METRICS: dict[str, Metric] = {
     "lpips_to_teacher": _metric("LPIPS to that image", "lpips", "teacher"),
     "clip_to_teacher": _metric("cosine of CLIP features to that image", "clip", "teacher", "higher"),
     "fvd": _metric("Frechet distance of clips, I3D features", "i3d", "reference clips"),
+    "fvd_infinity": _metric("the same, extrapolated", "i3d", "reference clips"),
     "frame_fid": _metric("Frechet distance of all frames, Inception features", "inception", "reference clips"),
+    "frame_fid_infinity": _metric("the same, extrapolated", "inception", "reference clips"),
     "consistency": _metric("cosine of CLIP features of consecutive frames", "clip", "clips", "higher"),
     "motion": _metric("grey levels between consecutive frames", "", "clips", "higher"),
     "flow_motion": _metric("pixels that things move from frame to frame, optical flow", "raft", "clips", "higher"),
@@ -87,11 +91,9 @@ METRICS: dict[str, Metric] = {
     },
 }
 
-FRECHET = {
-    **{"fid": "inception", "fid_infinity": "inception", "fd_dino": "dino", "fd_clip": "clip"},
-    **{"frame_fid": "frames", "fvd": "i3d"},
-}
-"""Frechet figures, which need moments of a feature space alone: a file of mu and sigma will do as reference."""
+_SPACES = {"fid": "inception", "fd_dino": "dino", "fd_clip": "clip", "frame_fid": "frames", "fvd": "i3d"}
+FRECHET = _SPACES | {f"{name}_infinity": space for name, space in _SPACES.items()}
+"""Frechet figures and their spaces, which need moments of a feature space alone: a file of mu and sigma will do as reference."""
 
 MANIFOLDS = {"precision": "precision", "recall": "recall", "density": "density", "manifold_coverage": "coverage"}
 """Names of `metrics.manifolds` by ours."""

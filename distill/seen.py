@@ -95,7 +95,8 @@ def see(
         return OfLength(judges.i3d, images.shape[1]) if space == "i3d" else judges.space(space)
 
     def numbers(space: str) -> Sequence[int]:
-        return [k * images.shape[1] + f for k in keys for f in range(images.shape[1])] if space == "frames" else keys
+        """Frames of a clip are alike, so that the error of their distance leaves out clips: they have its number."""
+        return [k for k in keys for _ in range(images.shape[1])] if space == "frames" else keys
 
     with one_line():
         for space in judges.frechet_spaces(names):
@@ -217,6 +218,13 @@ def figures(
             space = judges.weights.manifold_space
             every = manifolds(seen.kept[space].tensor(), reference.kept[space].tensor())
             found |= {n: every[MANIFOLDS[n]] for n in names if n in MANIFOLDS}
+            ours, theirs = (len(s.kept[space].tensor()) for s in (seen, reference))
+            if ours != theirs:
+                warnings.warn(
+                    f"{', '.join(n for n in names if n in MANIFOLDS)}: {ours} images and a reference of {theirs}; "
+                    "such figures depend on both numbers, so compare them only with those of the same two",
+                    stacklevel=2,
+                )
     return {n: found[n] for n in names if n in found}, list(dict.fromkeys(str(w.message) for w in said))
 
 
@@ -229,7 +237,7 @@ def _figure(
     teacher: Seen | None,
 ) -> tuple[float, float] | None:
     if name in FRECHET and reference is not None:
-        distance = frechet_infinity if name == "fid_infinity" else frechet_figure
+        distance = frechet_infinity if name.endswith("_infinity") else frechet_figure
         return distance(seen.running[FRECHET[name]], reference.gaussian(FRECHET[name]))
     if name == "kid" and reference is not None:
         from fewstep.metrics.mmd import kid

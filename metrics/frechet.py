@@ -15,6 +15,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+FEWEST = 20
+"""Images that an extrapolation needs."""
+
 
 class Gaussian(Protocol):
     """What a distance needs: mean (D,) and covariance (D, D), float64."""
@@ -227,7 +230,7 @@ def frechet_infinity(samples: Running, reference: Gaussian) -> tuple[float, floa
         ValueError: fewer than 4 groups of samples, or than 20 samples.
     """
     at, everyone = _distances(samples, reference)
-    if len(everyone) < 4 or samples.n < 20:
+    if len(everyone) < 4 or samples.n < FEWEST:
         raise ValueError(f"extrapolation needs 4 groups of 5 images or more; got {len(everyone)} of {samples.n} images")
     sizes = [group.n for group in samples.groups()]
 

@@ -134,7 +134,8 @@ def test_a_row_tells_its_cost_by_batch_size(evaluated: dict[str, Any]):
 
 
 def test_too_few_images_are_noted_with_their_bias(evaluated: dict[str, Any], setting: Setting):
-    (note,) = {line.partition(": ")[2] for line in evaluated["notes"] if "1 step" in line}
+    note, sizes = (line.partition(": ")[2] for line in evaluated["notes"] if "1 step" in line)
+    assert sizes.startswith("recall: 12 images and a reference of 10; such figures depend on both numbers")
     assert note.startswith("Frechet distance of 12 samples in 24 dimensions: biased upwards, by ")
     assert note in (setting.folder / "whole" / "report.md").read_text()
 
@@ -295,6 +296,10 @@ def test_a_folder_with_captions_has_a_clip_score(evaluated: dict[str, Any], sett
         (["--metrics", "clip", "--clip-model", "ViT-Q"], ["ViT-Q is neither a folder nor a model", "--clip-model"]),
         (["--metrics", "aesthetic"], ["aesthetic: no file", "curl -LO https", "--aesthetic-weights FILE"]),
         (["--metrics", "vendi", "--per-prompt", "1"], ["metric vendi: needs two or more images of a prompt"]),
+        (
+            ["--metrics", "fd_clip_infinity"],
+            ["metric fd_clip_infinity: extrapolates from 20 images or more; say --num"],
+        ),
         (["--metrics", "motion"], ["metric motion: needs clips, and these are images"]),
         (["--metrics", "fd_emoji"], ["metric fd_emoji: needs the embedded prompts", "prompts.txt"]),
         (["--metrics", "precision", "--manifold-space", "vgg"], ["vgg: unknown; known: inception, clip, dino"]),
