@@ -266,7 +266,11 @@ class Evaluation:
             found, notes = figures(network, seen, self.judges, row.groups, reference, teacher)
             drawings = [n for n in names if n in EMOJI]
             if drawings and row.row["role"] != "folder":
-                found |= of_pictures(read(row.files), self.prompts, drawings, self.real)
+                found |= of_pictures(pictures := read(row.files), self.prompts, drawings, self.real)
+                if row.same_noise and "clip_emoji" in drawings:
+                    from fewstep.metrics.emoji.metrics import followed
+
+                    seen.scores.update(range(n), clip_emoji=followed(pictures, self.prompts.prompts))
             found = {n: found[n] for n in self.names if n in found}
             row.row["metrics"] = {k: {"value": finite(v), "stderr": finite(e)} for k, (v, e) in found.items()}
             row.scores = seen.scores
@@ -288,11 +292,6 @@ class Evaluation:
             report["reference_seeds"] = {"reference": REFERENCE_SEED, "real renderings": REAL_SEED}
         if self.request.reference:
             report["reference"] = self.request.reference
-        report["networks"] = self._networks()
+        report["networks"] = self.judges.names()
         report["notes"] = list(dict.fromkeys(self.notes))
         return report | {"rows": [row.row for row in self.rows], "blocks": []}
-
-    def _networks(self) -> dict[str, str]:
-        """Names of what judged: its weights, layer and resize."""
-        loaded = ((k, getattr(v, "name", "")) for k, v in vars(self.judges).items())
-        return {k: name for k, name in loaded if isinstance(name, str) and name}

@@ -19,7 +19,7 @@ from fewstep.app.plot import legend, plot
 from fewstep.app.rows import Row
 from fewstep.app.store import read
 from fewstep.distill import checkpoint
-from fewstep.distill.metric_names import METRICS
+from fewstep.distill.metric_names import METRICS, OF_PROMPTS
 from fewstep.distill.picture import frames, to_image
 from fewstep.distill.table import cells, costs, heading, labels
 
@@ -54,6 +54,10 @@ th { font-weight: 600; vertical-align: bottom; white-space: normal; } th:first-c
 details { margin: 6px 0; } summary { cursor: pointer; } .few { display: flex; flex-wrap: wrap; gap: 10px; margin: 8px 0; }
 figure { margin: 0; font-size: 12px; line-height: 1.3; } figcaption { color: var(--pale); margin-top: 4px; }
 """
+
+
+BY_PROMPT = (*OF_PROMPTS, "clip_emoji", "psnr_to_teacher")
+"""Figures that tell worst prompts from best, the first that a report has."""
 
 
 def write(path: Path, report: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -177,22 +181,23 @@ def _grid(rows: Sequence[Row], names: Sequence[str]) -> str:
 
 
 def _extremes(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """Of each row with a CLIP score, the prompts that it follows least and best, by the mean of a prompt's images."""
+    """Worst and best prompts of each row, by the mean of a figure over a prompt's images."""
+    figure = next((f for f in BY_PROMPT if any(row.scores.values.get(f) for row in rows)), "")
     parts = []
     for row, name in zip(rows, names, strict=True):
-        scores = row.scores.values.get("clip")
+        scores = row.scores.values.get(figure)
         if not scores or not row.prompts:
             continue
         means = {g: sum(scores[i] for i in m) / len(m) for g, m in row.members().items()}
         order = sorted(means, key=lambda g: means[g])
         few = min(EXTREMES, len(order) // 2)
-        halves = [("follows least", order[:few]), ("follows best", order[::-1][:few])]
+        halves = [("worst", order[:few]), ("best", order[::-1][:few])]
         said = "".join(f"<div>{what}:</div>{_figures(row, groups, means)}" for what, groups in halves)
         parts.append(f"<details{'' if parts else ' open'}><summary>{escape(name)}</summary>{said}</details>")
     if not parts:
         return ""
     return (
-        "<h2>Prompts by CLIP score</h2>\n<p>Mean over a prompt's images; its first image is shown.</p>\n"
+        f"<h2>Worst and best prompts</h2>\n<p>By {figure}, the mean over a prompt's images; the first is shown.</p>\n"
         + "\n".join(parts)
     )
 

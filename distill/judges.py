@@ -126,6 +126,11 @@ class Judges:
             if network == "aesthetic":
                 getattr(self, "clip")  # noqa: B009  it reads CLIP's features
 
+    def names(self) -> dict[str, str]:
+        """Of the networks that are loaded: weights, layer and resize."""
+        loaded = ((k, getattr(v, "name", "")) for k, v in vars(self).items())
+        return {k: name for k, name in loaded if isinstance(name, str) and name}
+
     def space(self, name: str) -> Features:
         """A feature space of images."""
         return getattr(self, "inception" if name == "frames" else name)

@@ -89,6 +89,11 @@ def emoji_metrics(
     return out
 
 
+def followed(images: Tensor, captions: list[str]) -> Tensor:
+    """Cosine of each image and its own caption, times 100, (N,): `clip_emoji` is the mean."""
+    return 100 * similarity(features(images), captions)
+
+
 def frechet_figures(seen: Tensor, real: Tensor, reference: Tensor) -> dict[str, tuple[float, float]]:
     """`fd_emoji` and `fd_emoji_corrected` of features (N, D), as many real ones, and those of the reference (M, D)."""
 

@@ -81,6 +81,7 @@ def test_the_best_of_each_figure_is_marked(page: str):
 
 
 def test_prompts_that_are_followed_least_and_best(page: str):
+    assert "<h2>Worst and best prompts</h2>\n<p>By clip, the mean over" in page
     of_student = page.split("<summary>student, 2 steps</summary>")[1].split("</details>")[0]
     assert re.findall(r"<b>([\d.]+)</b> ([^<]+)<", of_student) == [
         ("1.00", "a bird"),

@@ -15,7 +15,7 @@ from fewstep.metrics.emoji.drawings import (
     full_caption,
     render,
 )
-from fewstep.metrics.emoji.metrics import REAL_SEED, coverage, emoji_metrics, pairs_of, renderings
+from fewstep.metrics.emoji.metrics import REAL_SEED, coverage, emoji_metrics, followed, pairs_of, renderings
 
 PROMPTS = [category_caption(i, c) for i in range(len(CATEGORIES)) for c in (2, 5, 6)]
 CAPTIONS = [PROMPTS[i % len(PROMPTS)] for i in range(240)]  # 24 prompts, 10 images of each
@@ -48,6 +48,14 @@ def test_real_pictures_are_right_in_everything(real):
     corrected, error = real["fd_emoji_corrected"]
     assert abs(corrected) < 4 * error
     assert corrected < 0.3 * real["fd_emoji"][0]  # the bias of finite N is most of the raw figure
+
+
+def test_every_picture_has_a_score_and_a_wrong_one_the_lowest(real):
+    """`clip_emoji` is their mean."""
+    pictures = renderings(CAPTIONS, seed=2)
+    assert followed(pictures, CAPTIONS).mean().item() == pytest.approx(real["clip_emoji"][0], rel=1e-6)
+    pictures[7] = pictures[CAPTIONS.index(next(p for p in PROMPTS if p != CAPTIONS[7]))]
+    assert followed(pictures[:10], CAPTIONS[:10]).argmin() == 7
 
 
 def test_a_student_that_collapsed(reference, real):
