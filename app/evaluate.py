@@ -130,7 +130,7 @@ class Evaluation:
         self.target: tuple[Row, Seen] | None = None
         self.notes: list[str] = []
 
-    def _size(self) -> dict[str, int | None]:
+    def _size(self) -> dict[str, Any]:
         """Of the pipelines' images: as asked, else that of the first student, else their own."""
         names, manifests = ("height", "width", "num_frames"), list(self.students.values())
         asked = {k: getattr(self.request, k) for k in names}

@@ -28,7 +28,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from PIL import Image
 
 import fewstep.samplers  # noqa: F401  before anything imports torchvision: see fewstep.samplers.compat
 from fewstep.metrics.features import each
-from fewstep.metrics.frechet import Running, frechet, frechet_figure, moments
+from fewstep.metrics.frechet import Moments, Running, frechet, frechet_figure, moments
 from fewstep.metrics.images import batches
 from fewstep.metrics.inception import Inception
 from fewstep.metrics.manifolds import manifolds
@@ -110,7 +112,7 @@ def torchmetrics(samples: Path, reference: Path, weights: Path, layer: str, devi
 
 def pytorch_fid(samples: Path, reference: Path, weights: Path, layer: str, device: str) -> float:
     """Files are read in this process: workers that start anew cost seconds on so few."""
-    network = importlib.import_module("pytorch_fid.inception")
+    network: Any = importlib.import_module("pytorch_fid.inception")
     score = importlib.import_module("pytorch_fid.fid_score")
     network.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
     folders = [str(samples), str(reference)]
@@ -119,7 +121,7 @@ def pytorch_fid(samples: Path, reference: Path, weights: Path, layer: str, devic
 
 def clean_fid(samples: Path, reference: Path, weights: Path, layer: str, device: str) -> float:
     """Its own resize, and its PyTorch network, which is pytorch-fid's; layer 2048 alone."""
-    network = importlib.import_module("cleanfid.inception_pytorch")
+    network: Any = importlib.import_module("cleanfid.inception_pytorch")
     features = importlib.import_module("cleanfid.features")
     fid = importlib.import_module("cleanfid.fid")
     network.load_state_dict_from_url = lambda *_, **__: torch.load(weights, weights_only=True)
@@ -183,7 +185,10 @@ def measured(what: str, n: int) -> str:
     torch.manual_seed(0)
     # correlated as features are: every dimension is a mixture of 256 factors and of noise of its own
     mixing = torch.randn(256, D) / 16
-    rows = lambda k: torch.randn(k, 256) @ mixing + 0.1 * torch.randn(k, D)  # noqa: E731
+
+    def rows(k: int) -> torch.Tensor:
+        return torch.randn(k, 256) @ mixing + 0.1 * torch.randn(k, D)
+
     said = {
         "moments": f"moments of {n} x {D}, batches of 64, one group",
         "distance": f"one Frechet distance in {D} dimensions",
@@ -191,23 +196,22 @@ def measured(what: str, n: int) -> str:
         "manifolds": f"precision, recall, density, coverage of {n} and {n} x {D}",
     }[what]
     state = Running("random", groups=10 if what == "figure" else 1)
+
+    def seen() -> Moments:
+        for start in range(0, n, 64):
+            state.update(rows(min(64, n - start)))
+        return state.moments()
+
+    work: Callable[[], object] = seen
     if what == "manifolds":
-        sets = rows(n), rows(n)
-    elif what != "moments":
-        for start in range(0, n, 64):
-            state.update(rows(min(64, n - start)))
-        other = moments(rows(4 * D))
-    before, began = peak(), time.perf_counter()
-    if what == "moments":
-        for start in range(0, n, 64):
-            state.update(rows(min(64, n - start)))
-        state.moments()
+        work = partial(manifolds, rows(n), rows(n))
     elif what == "distance":
-        frechet(state.moments(), other)
+        work = partial(frechet, seen(), moments(rows(4 * D)))
     elif what == "figure":
-        frechet_figure(state, other)
-    else:
-        manifolds(*sets)
+        seen()
+        work = partial(frechet_figure, state, moments(rows(4 * D)))
+    before, began = peak(), time.perf_counter()
+    work()
     took = time.perf_counter() - began
     return f"| {said} | {took:.1f} | {before:.2f} | {peak():.2f} |"
 
@@ -227,7 +231,7 @@ def scaled(o: argparse.Namespace) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--images", type=int, default=64, help="of each of the two sets")
     parser.add_argument("--side", type=int, default=64, help="of an image, pixels")
     parser.add_argument("--layer", choices=["64", "192", "768", "2048"], default="2048")
