@@ -58,6 +58,15 @@ PAPERS = {
             *("Dahua Lin", "Ruihao Gong", "Lei Yang"),
         ),
     ),
+    "disback": (
+        "2408.15991",
+        "2024",
+        "Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation",
+        (
+            *("Shengyuan Zhang", "Ling Yang", "Zejian Li", "An Zhao", "Chenye Meng", "Changyuan Yang"),
+            *("Guang Yang", "Zhiyuan Yang", "Lingyun Sun"),
+        ),
+    ),
     "sid": (
         "2404.04057",
         "2024",
@@ -105,6 +114,7 @@ PAPERS = {
 """arXiv number, year, title and authors."""
 
 BEHIND: dict[str, tuple[str, ...]] = {
+    "disback": ("disback", "dmd2", "dmd"),
     "dmd2": ("dmd", "dmd2"),
     "lcm": ("cm", "lcm"),
     "phased_dmd": ("phased-dmd", "dmd"),
