@@ -67,6 +67,12 @@ PAPERS = {
             *("Guang Yang", "Zhiyuan Yang", "Lingyun Sun"),
         ),
     ),
+    "msd": (
+        "2410.23274",
+        "2024",
+        "Multi-student Diffusion Distillation for Better One-step Generators",
+        ("Yanke Song", "Jonathan Lorraine", "Weili Nie", "Karsten Kreis", "James Lucas"),
+    ),
     "sid": (
         "2404.04057",
         "2024",
@@ -129,8 +135,10 @@ BEHIND: dict[str, tuple[str, ...]] = {
 """Papers of each method, the first first."""
 
 
-def papers(method: str, student: str) -> tuple[str, ...]:
-    """Keys of `PAPERS` behind a method, as LoRA or full."""
+def papers(method: str, student: str, parts: int | None = 1) -> tuple[str, ...]:
+    """Keys of `PAPERS` behind a method, as LoRA or full, with one student or several."""
+    if parts and parts > 1:
+        return ("msd", *papers(method, student))
     return (*BEHIND[method], "lcm-lora") if method == "lcm" and student == "lora" else BEHIND[method]
 
 
@@ -161,7 +169,7 @@ def cite(source: str) -> str:
         try:
             text = (folder / name).read_text(encoding="utf-8")
             record = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
-            keys = papers(record["method"], record[kind])
+            keys = papers(record["method"], record[kind], record.get("parts"))
         except OSError:
             continue
         except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
