@@ -58,6 +58,21 @@ PAPERS = {
             *("Dahua Lin", "Ruihao Gong", "Lei Yang"),
         ),
     ),
+    "disback": (
+        "2408.15991",
+        "2024",
+        "Distribution Backtracking Builds A Faster Convergence Trajectory for Diffusion Distillation",
+        (
+            *("Shengyuan Zhang", "Ling Yang", "Zejian Li", "An Zhao", "Chenye Meng", "Changyuan Yang"),
+            *("Guang Yang", "Zhiyuan Yang", "Lingyun Sun"),
+        ),
+    ),
+    "msd": (
+        "2410.23274",
+        "2024",
+        "Multi-student Diffusion Distillation for Better One-step Generators",
+        ("Yanke Song", "Jonathan Lorraine", "Weili Nie", "Karsten Kreis", "James Lucas"),
+    ),
     "sid": (
         "2404.04057",
         "2024",
@@ -105,6 +120,7 @@ PAPERS = {
 """arXiv number, year, title and authors."""
 
 BEHIND: dict[str, tuple[str, ...]] = {
+    "disback": ("disback", "dmd2", "dmd"),
     "dmd2": ("dmd", "dmd2"),
     "lcm": ("cm", "lcm"),
     "phased_dmd": ("phased-dmd", "dmd"),
@@ -119,8 +135,10 @@ BEHIND: dict[str, tuple[str, ...]] = {
 """Papers of each method, the first first."""
 
 
-def papers(method: str, student: str) -> tuple[str, ...]:
-    """Keys of `PAPERS` behind a method, as LoRA or full."""
+def papers(method: str, student: str, parts: int | None = 1) -> tuple[str, ...]:
+    """Keys of `PAPERS` behind a method, as LoRA or full, with one student or several."""
+    if parts and parts > 1:
+        return ("msd", *papers(method, student))
     return (*BEHIND[method], "lcm-lora") if method == "lcm" and student == "lora" else BEHIND[method]
 
 
@@ -151,7 +169,7 @@ def cite(source: str) -> str:
         try:
             text = (folder / name).read_text(encoding="utf-8")
             record = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
-            keys = papers(record["method"], record[kind])
+            keys = papers(record["method"], record[kind], record.get("parts"))
         except OSError:
             continue
         except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:

@@ -28,12 +28,20 @@ def export(source: str, kind: str, out: Path) -> list[str]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already; name a new folder")
     manifest = read_manifest(folder)
+    if manifest.parts is not None and kind != FORMATS[0]:
+        raise UserError(
+            f"{source}: several students, of which one at a time is exported: {folder / 'student_0'} and on"
+        )
     if kind == "peft":
         return _peft(folder, out)
     if kind == "fused" and holds_lora(folder):
         save_student(out, load(folder), manifest.model_copy(update={"kind": "full"}))
     else:
         _copy(folder, out)
+    if manifest.parts is not None:
+        return [
+            f"{out}: {manifest.parts} students and their router; each of the folders in it loads alone, by its README.md"
+        ]
     loaded = f"load_lora_weights on {manifest.base}" if holds_lora(out) else f"{manifest.pipeline}.from_pretrained"
     return [f"{out}: loads with {loaded}", f"the lines that run it in plain diffusers: {out / 'README.md'}"]
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from fewstep.distill.presets import PRESETS
+from fewstep.distill.procedures import DisBackConfig
 from fewstep.distill.train_config import ConfigError, TrainConfig, above
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -60,7 +61,12 @@ class LCMConfig(TrainConfig, frozen=True):
         return steps
 
 
-METHODS: dict[str, type[TrainConfig]] = {**PRESETS, "lcm": LCMConfig, "pretrain": PretrainConfig}
+METHODS: dict[str, type[TrainConfig]] = {
+    **PRESETS,
+    "disback": DisBackConfig,
+    "lcm": LCMConfig,
+    "pretrain": PretrainConfig,
+}
 """Config of each method; its Distiller is named in `methods`."""
 
 

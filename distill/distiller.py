@@ -24,6 +24,7 @@ class Role:
         parameters: what training changes, by the names they are saved under; empty where frozen.
         modules: further modules it owns (discriminator, heads, text encoder), already counted in `parameters`.
         ema_of: the role whose moving average this one is, with `ema_decay`.
+        frozen: no optimiser steps it, though it has parameters: its method writes them.
         adapter: name of its LoRA adapter on the shared base, None for full weights and for the base itself.
     """
 
@@ -32,12 +33,13 @@ class Role:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     ema_of: str | None = None
     ema_decay: float = 0.0
+    frozen: bool = False
     adapter: str | None = None
 
     @property
     def trained(self) -> bool:
         """Whether an optimiser steps it."""
-        return bool(self.parameters) and self.ema_of is None
+        return bool(self.parameters) and self.ema_of is None and not self.frozen
 
 
 @dataclass
@@ -126,4 +128,12 @@ class Distiller(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
+        return None
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Groups of tensors that resume needs beyond roles and optimisers, by names that no role has."""
+        return {}
+
+    def load_tensors(self, groups: dict[str, dict[str, Tensor]]) -> None:
+        """The inverse of `tensors`, from all groups of a checkpoint."""
         return None

@@ -69,6 +69,12 @@ class Networks:
         self._roles[name] = role
         return role
 
+    def frozen(self, name: str) -> Role:
+        """A role that starts as the teacher and that no optimiser steps: its method writes other weights into it."""
+        role = self.trained(name)
+        role.frozen = True
+        return role
+
     def average(self, of: str, decay: float) -> Role:
         """A moving average of a trained role; the trainer updates it after that role's step."""
         source = self._roles[of]
@@ -176,13 +182,14 @@ def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | Non
 def _copied(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
     own = {k: p.detach().clone() for k, p in parameters.items()}
     try:
-        _copy(values, parameters)
+        write(values, parameters)
         yield
     finally:
-        _copy(own, parameters)
+        write(own, parameters)
 
 
 @torch.no_grad()
-def _copy(values: dict[str, Tensor], into: dict[str, nn.Parameter]) -> None:
+def write(values: dict[str, Tensor], into: dict[str, nn.Parameter]) -> None:
+    """Copy values into parameters, in place; there must be one for each."""
     for key, parameter in into.items():
         parameter.copy_(values[key])

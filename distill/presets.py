@@ -27,6 +27,8 @@ FakeScoreWeight = Literal["output", "epsilon", "alpha_epsilon"]
 class DistributionMatchingConfig(TrainConfig, frozen=True):
     """A divergence, a step policy, the guidance of each score, a rhythm."""
 
+    parts: int = Field(1, ge=1, description="of the prompts, a student of its own for each")
+
     divergence: Divergence = Field("reverse_kl", description="what drives the student's sample")
     weight: Weight = Field("mean_gap", description="of the divergence")
     sid_alpha: float = Field(1.0, description="alpha of SiD; 0.5 is half the Fisher divergence's gradient, 1 is SIM's")

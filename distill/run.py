@@ -79,6 +79,15 @@ def train(
     """
     if not isinstance(config, TrainConfig):
         config = load_config(config)
+    if (parts := getattr(config, "parts", 1)) > 1:
+        from fewstep.distill.msd import train_parts
+
+        if teacher is not None:
+            raise ConfigError("config: parts: the teacher is loaded anew for each; name it by its source")
+        train_parts(config, parts, resume, data)
+        if config.report_num is not None and not (resume and report.size(config.run_dir) == config.report_num):
+            report.report_run(config.run_dir)
+        return config.run_dir
     record, trained = _fit(config, resume, teacher, data)
     # from what lies in the folder, once training's networks are out of memory
     due = trained or report.size(config.run_dir) != config.report_num

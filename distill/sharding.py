@@ -32,6 +32,7 @@ UNSHARDED = {
     "use_8bit_adam": "its moments know no parts of tensors",
     "quantization_config": "packed weights are not cut into parts",
     "compile": "it has not been tried with shards",
+    "nodes": "recorded nodes are not cut into parts",
     "eval_steps": "one process judges, and all must sample",
 }
 """Keys that do not go with shards, where a config has them, and why."""

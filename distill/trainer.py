@@ -232,7 +232,7 @@ class Trainer:
         """Write a checkpoint: the main process does, from the parts of all where weights are sharded."""
         if not (self.accelerator.is_main_process or self.sharded):
             return
-        tensors: dict[str, dict[str, Tensor]] = {}
+        tensors: dict[str, dict[str, Tensor]] = dict(self.method.tensors())
         meta: dict[str, Any] = {"optimizers": {}, "method": self.method.state_dict(), "best": self.best}
         meta |= {"scalars": self.scalars, "skipped": self.skipped, "alarm": self.alarm.state_dict()}
         meta["worn_out"] = self.worn_out
@@ -273,6 +273,7 @@ class Trainer:
         if self.accelerator.scaler is not None and "scaler" in meta:
             self.accelerator.scaler.load_state_dict(meta["scaler"])
         self.method.load_state_dict(meta["method"])
+        self.method.load_tensors(groups)
         self.iteration, self.skipped, self.scalars = meta["iteration"], meta["skipped"], meta.get("scalars", {})
         self.best = tuple(meta["best"]) if meta["best"] else None
         self.worn_out = meta.get("worn_out", False)

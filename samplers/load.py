@@ -212,6 +212,8 @@ def load(source: str | Path, revision: str | None = None, variant: str | None = 
     """
     if not holds_lora(resolve(source)):
         return denoiser_of(load_pipeline(source, revision, variant, **components))
+    if read_manifest(Path(resolve(source))).parts is not None:
+        raise UserError(f"{source}: several students, no one network; each is in a folder of its own, student_0 and on")
     return load_student(source, variant=variant, fuse=True, **components)[0]
 
 
@@ -237,6 +239,10 @@ def load_student(
     folder = Path(resolve(source))
     manifest = read_manifest(folder)
     family(manifest.pipeline)
+    if manifest.parts is not None:
+        from fewstep.samplers.several import load_several
+
+        return load_several(folder, manifest, base=base, variant=variant, fuse=fuse, **components), manifest
     if holds_lora(folder):
         denoiser = _on_base(folder, manifest, base, variant, **components)
         if fuse:

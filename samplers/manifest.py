@@ -38,6 +38,9 @@ class Manifest(BaseModel, extra="forbid"):
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
+    parts: int | None = Field(default=None, description="of several students that a router chooses from, in one folder")
+    part: int | None = Field(default=None, description="of one of them: which")
+    router: str | None = Field(default=None, description="hash of the router that they were trained with")
 
     def plan(self, steps: int) -> SamplingPlan:
         """The plan of a step count; UserError for one that the student does not declare."""

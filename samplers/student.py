@@ -58,7 +58,7 @@ def save_student(folder: Path, student: Denoiser, manifest: Manifest, config: st
     if config is None and folder.name == "student" and record.is_file():
         config = record.read_text()
     files: dict[str, dict[str, Any]] = {}
-    with _replacing(folder) as new:
+    with replacing(folder) as new:
         if manifest.kind == "lora" and student.takes_lora and not holds_lora(resolve(manifest.base)):
             files = weight_files(student)
             for name, arguments in files.items():
@@ -78,7 +78,7 @@ def save_student(folder: Path, student: Denoiser, manifest: Manifest, config: st
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder` that takes its place once the block has ended."""
     new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("writing", "old"))
     try:

@@ -11,6 +11,7 @@ from fewstep.samplers.denoisers.base import Denoiser
 MATCHING = "fewstep.distill.methods.distribution_matching:DistributionMatching"
 
 DISTILLERS = {
+    "disback": "fewstep.distill.methods.disback:DisBack",
     "dmd2": MATCHING,
     "lcm": "fewstep.distill.methods.consistency:Consistency",
     "phased_dmd": MATCHING,

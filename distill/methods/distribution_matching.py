@@ -45,6 +45,7 @@ class DistributionMatching(Distiller):
         self.student = networks.trained("student")
         self.fake_score = networks.trained("fake_score")
         self.noise = self.student.denoiser.noise
+        self.target = self.teacher.denoiser  # what the student is held to
         # where the scale is an input of the networks, the student is told the teacher's, and so is its fake score
         self.guidance = config.guidance_scale if self.teacher.denoiser.takes_guidance else None
         self.discriminator: adversarial.Discriminator | None = None
@@ -236,7 +237,7 @@ class DistributionMatching(Distiller):
             return self.noise.add(x, eps, t) if point is None else self.noise.renoise(point.x, eps, point.s, t)
 
         def teacher(x_t: Tensor) -> Tensor:
-            return self.teacher.denoiser.guided_x0(x_t, t, condition, scale)
+            return self.target.guided_x0(x_t, t, condition, scale)
 
         def fake(x_t: Tensor) -> Tensor:
             told = condition.with_guidance(self.guidance)

@@ -42,8 +42,8 @@ class Point:
 class Draws:
     """The student's x0 (B, ...), with a graph if it steps; a level (B,) and noise (B, ...) for each role's loss.
 
-    `points`: what each role's loss noises, where that is not x0 but a sample at a lower level. `conditions`: what each role is told, where some prompts were emptied; `scale` (B,): the teacher's guidance, where
-    it is drawn.
+    `points`: what each role's loss noises, where that is not x0 but a sample at a lower level. `conditions`: what each role is told, where some prompts were emptied; `scale`: the teacher's guidance,
+    where it is drawn (B,), or not the config's.
     """
 
     x0: Tensor
@@ -51,7 +51,7 @@ class Draws:
     eps: dict[str, Tensor] = field(default_factory=dict)
     points: dict[str, Point] = field(default_factory=dict)
     conditions: dict[str, Condition] = field(default_factory=dict)
-    scale: Tensor | None = None
+    scale: float | Tensor | None = None
 
 
 def drawn_step(counts: list[int], rng: Rngs) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.features import captured, quarters
 from fewstep.samplers.forward_mode import forward_mode
 from fewstep.samplers.noise import NoiseProcess, from_scheduler
+from fewstep.samplers.router import Router
 from fewstep.samplers.rules import add_noise
 
 
@@ -44,6 +45,9 @@ class Denoiser(ABC):
 
     takes_prompts: bool = True
     """Whether prompts say anything to it; where not, `encode` only counts them."""
+
+    router: Router | None = None
+    """Of several students: which of `networks` takes a row."""
 
     examples: tuple[str, ...] = ()
     """Prompts to show on a card or a page, where not any text will do."""
@@ -201,6 +205,8 @@ class Denoiser(ABC):
         """`run(network, x_t, model time, condition)` on each network's rows; the results in the order of all rows."""
         time = self.noise.model_time(self._rows(t if told is None else told, x_t))
         sides = self.route(time)
+        if self.router is not None:
+            sides = self.router.rows(condition, list(self.networks), x_t.device)
         if len(sides) == 1:
             return [_full(part) for part in run(self.networks[next(iter(sides))], x_t, time, condition)]
         parts = [run(self.networks[name], x_t[i], time[i], condition[i]) for name, i in sides.items()]
@@ -271,8 +277,8 @@ class Denoiser(ABC):
         return images
 
     def to(self, device: torch.device | str) -> None:
-        """Move every module of the pipeline."""
-        for component in self.pipeline.components.values():
+        """Move every module of the pipeline, and the networks."""
+        for component in (*self.pipeline.components.values(), *map(bare, self.networks.values())):
             if isinstance(component, torch.nn.Module):
                 component.to(device)
 

@@ -34,7 +34,8 @@ def test_papers_of_a_run_and_of_its_student(tmp_path: Path, method: str, student
 
 def test_every_method_is_known():
     assert BEHIND.keys() == METHODS.keys()
-    assert {key for m in METHODS for key in papers(m, "lora")} == PAPERS.keys()
+    assert {key for m in METHODS for key in papers(m, "lora", 2)} == PAPERS.keys()
+    assert papers("dmd2", "full", 2) == ("msd", *papers("dmd2", "full", 1))
 
 
 def test_an_entry_is_whole():

@@ -89,6 +89,10 @@ def of(config: TrainConfig, inputs: list[str], folder: Path) -> list[str]:
         chosen += ["height=16", "width=16"]
     if "DiT" in config.teacher:
         chosen = [i.replace("prompts.txt", "labels.txt") for i in chosen]
+    if config.method == "disback":
+        chosen += ["nodes=0"]  # two iterations hold no path: tests/distill/test_disback.py walks one
+    if getattr(config, "parts", 1) > 1:
+        chosen += ["parts=1"]  # there are two prompts: tests/distill/test_msd.py has parts
     return [*chosen, f"output_dir={folder}"]
 
 

@@ -72,8 +72,8 @@ def test_the_last_checkpoint_is_the_same_to_the_bit(runs: Path, name: str):
     straight, killed = ((runs / name / which / "run/checkpoints") for which in ("straight", "killed"))
     manifests = [json.loads((folder / "step-000008/manifest.json").read_text()) for folder in (straight, killed)]
     assert manifests[0] == manifests[1]
-    roles = {"student", "fake_score"} if name.startswith("dmd2") else {"student"}
-    target = {"target"} if name == "lcm-full" else set()
+    roles = {"student", "fake_score"} if name.startswith(("disback", "dmd2")) else {"student"}
+    target = {"target"} if name.startswith("disback") or name == "lcm-full" else set()
     files = roles | target | {f"optimizer-{role}" for role in roles} | {"average"}
     assert manifests[0].keys() == {"meta.json"} | {f"{file}.safetensors" for file in files}
     assert sorted(p.name for p in straight.iterdir()) == sorted(p.name for p in killed.iterdir())
@@ -96,7 +96,7 @@ def test_logs_and_student_are_the_same(runs: Path, name: str):
     lines = metrics(straight)
     assert metrics(killed) == lines
     assert [line["iteration"] for line in lines] == list(range(1, 9))
-    assert len({line["student/loss"] for line in lines[1:]}) > 1
+    assert len({line["student/loss"] for line in lines[1:] if "student/loss" in line}) > 1
     artifacts = [content(run / "student") for run in (straight, killed)]
     assert artifacts[0] == artifacts[1]
     assert {"fewstep.json", "scheduler/scheduler_config.json"} < artifacts[0].keys()

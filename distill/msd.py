@@ -1,0 +1,185 @@
+"""Several students, each distilled on a part of the prompts (multi-student distillation, arXiv:2410.23274).
+
+Parts are clusters of the prompts' embeddings, balanced to equal shares, or blocks of classes. Every part is an ordinary
+run of the config's own method, on its own prompts alone, one after the other; then they are put together with the router.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from fewstep.distill import cache, checkpoint, run
+from fewstep.distill import data as data_sets
+from fewstep.distill.config import ConfigError, TrainConfig
+from fewstep.distill.data import DataSet, Prompts
+from fewstep.distill.methods import distiller
+from fewstep.distill.random import generator
+from fewstep.samplers.condition import Condition
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import load
+from fewstep.samplers.router import ROUTER, Router, directions, pooled
+from fewstep.samplers.several import save_several
+
+ITERATIONS, RESTARTS = 50, 10
+BALANCE_STEPS, CLOSE, LIMIT = 3000, 0.02, 0.2
+"""Balancing ends where every share is within CLOSE of 1/P, relatively; one further off than LIMIT at the end is refused."""
+
+
+class Part(Prompts):
+    """Some captions, each as often as the data draws it."""
+
+    def __init__(self, captions: Sequence[str], drawn: Sequence[int]):
+        kept = sorted(set(drawn))
+        super().__init__([captions[k] for k in kept])
+        index = {k: i for i, k in enumerate(kept)}
+        self.drawn = [index[k] for k in drawn]
+        self.bucket_of = [0] * len(self.drawn)
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    def caption(self, i: int, u: float) -> int:
+        return self.drawn[i]
+
+
+def clusters(rows: Tensor, weights: Tensor, parts: int, seed: int) -> Tensor:
+    """Centroids (P, d) of spherical k-means: the best of several starts by k-means++.
+
+    Args:
+        rows: (n, d), of length 1.
+        weights: (n,), shares of the rows.
+        parts: P.
+        seed: of the starts.
+    """
+    best, found = -float("inf"), rows[:parts]
+    for restart in range(RESTARTS):
+        source = generator(seed, "clusters", restart)
+        centroids = rows[torch.multinomial(weights, 1, generator=source)]
+        for _ in range(parts - 1):
+            away = (1 - rows @ centroids.T).amin(1).clamp(min=0) * weights
+            if not (away > 1e-6 * weights).any():
+                raise UserError(f"parts {parts}: there are only {len(centroids)} different prompts to split")
+            centroids = torch.cat([centroids, rows[torch.multinomial(away, 1, generator=source)]])
+        for _ in range(ITERATIONS):
+            own = (rows @ centroids.T).argmax(1)
+            sums = torch.zeros_like(centroids).index_add_(0, own, rows * weights[:, None])
+            moved = torch.nn.functional.normalize(sums, dim=1)
+            centroids = torch.where((sums != 0).any(1, keepdim=True), moved, centroids)  # an empty one stays
+        score = ((rows @ centroids.T).amax(1) * weights).sum().item()
+        if score > best:
+            best, found = score, centroids
+    return found
+
+
+def shares(part: Tensor, weights: Tensor, parts: int) -> Tensor:
+    """Mass of each part, (P,)."""
+    return torch.zeros(parts, dtype=weights.dtype).index_add_(0, part, weights)
+
+
+def offsets(scores: Tensor, weights: Tensor) -> Tensor:
+    """What to add to scores (n, P) so that parts weigh alike, (P,); such a power diagram reaches any masses."""
+    parts = scores.shape[1]
+    added, best, found = torch.zeros(parts, dtype=scores.dtype), float("inf"), torch.zeros(parts, dtype=scores.dtype)
+    for k in range(BALANCE_STEPS):
+        gap = shares((scores + added).argmax(1), weights, parts) - 1 / parts
+        off = gap.abs().max().item() * parts
+        if off < best:
+            best, found = off, added
+        if off < CLOSE:
+            break
+        added = added - 0.2 / (1 + k / 100) * gap
+    if best > LIMIT:
+        raise UserError(f"parts {parts}: the prompts fall into parts of unlike size, {best:.0%} off; take fewer parts")
+    return found
+
+
+def fit(embeddings: Tensor, weights: Tensor, parts: int, seed: int) -> Router:
+    """The router of embeddings (n, d) with shares (n,) that sum to 1."""
+    mean = (embeddings * weights[:, None]).sum(0)
+    rows = directions(embeddings, mean)
+    centroids = clusters(rows, weights, parts, seed)
+    added = offsets(rows.double() @ centroids.double().T, weights.double())
+    return Router({"centroids": centroids, "offsets": added.float(), "mean": mean})
+
+
+def blocks(classes: int, parts: int) -> Router:
+    """Consecutive classes, as many in each part."""
+    if parts > classes:
+        raise UserError(f"parts {parts}: there are only {classes} classes")
+    return Router({"class_table": torch.arange(classes) * parts // classes})
+
+
+def drawn(data: DataSet, seed: int) -> list[int]:
+    """A caption of each sample, by its index, as training draws them."""
+    u = torch.rand(len(data), generator=generator(seed, "captions of parts")).tolist()
+    return [data.caption(i, u[i]) for i in range(len(data))]
+
+
+def train_parts(config: TrainConfig, parts: int, resume: bool = False, data: DataSet | None = None) -> Path:
+    """Train a student for each part of the prompts and put them together; the run's folder.
+
+    The router is fitted once, before any student, and kept in the folder; a resumed run goes on in the part where it was.
+
+    Raises:
+        ConfigError, UserError: what is wrong and what would be right, in one line each.
+    """
+    run.refuse(config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "config: parts: students are trained one after the other by one process; launch without others"
+        )
+    if "images" in distiller(config.method).needs_of(config):
+        raise ConfigError(
+            f"config: parts: prompts are split, and method {config.method} needs images here; leave out its GAN"
+        )
+    if config.aspect_ratio_buckets:
+        raise ConfigError("config: parts: prompts are split, and aspect_ratio_buckets sorts images; leave it out")
+    folder = config.run_dir
+    if (folder / ROUTER).is_file() and not resume:
+        raise UserError(f"{folder}: holds a run already; --resume continues it, name=OTHER starts another")
+    router, lists = _split(config, parts, data)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    router.save(folder / ROUTER)
+    students = []
+    for i, part in enumerate(lists):
+        own = {"output_dir": str(folder / "parts"), "name": f"part_{i}", "parts": 1, "report_num": None}
+        students.append(run.train(config.model_copy(update=own), resume, data=part) / "student")
+    total = sum(map(len, lists))
+    save_several(folder / "student", students, router, [len(part) / total for part in lists])
+    return folder
+
+
+def _split(config: TrainConfig, parts: int, data: DataSet | None) -> tuple[Router, list[Part]]:
+    """The router, from the folder if one is there, and the prompts of each part."""
+    teacher = load(config.teacher, config.revision, config.variant)
+    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    if len(teacher.networks) > 1:
+        raise ConfigError("config: parts: not for a teacher of two networks, which levels are split between")
+    data = data or data_sets.data_set(config, teacher.pixels(config.height, config.width))
+    law = torch.tensor(drawn(data, config.seed))
+    stored = cache.conditions(config, teacher, data.captions)
+    conditions = [stored[range(i, min(i + cache.CHUNK, stored.size))] for i in range(0, stored.size, cache.CHUNK)]
+    path = config.run_dir / ROUTER
+    router = Router.load(path) if path.is_file() else _fit(config, parts, conditions, law)
+    if router.parts != parts:
+        raise UserError(f"{path}: of {router.parts} parts, the config has {parts}; start anew under another name=")
+    of = torch.cat([router.of(condition) for condition in conditions])
+    lists = [law[of[law] == i].tolist() for i in range(parts)]
+    if not all(lists):
+        raise UserError(f"parts {parts}: no prompt falls into part {[bool(own) for own in lists].index(False)}")
+    return router, [Part(data.captions, own) for own in lists]
+
+
+def _fit(config: TrainConfig, parts: int, conditions: Sequence[Condition], law: Tensor) -> Router:
+    if "class_labels" in conditions[0].tensors:
+        return blocks(int(torch.cat([c.tensors["class_labels"] for c in conditions]).max()) + 1, parts)
+    embeddings = torch.cat([pooled(condition) for condition in conditions])
+    weights = torch.bincount(law, minlength=len(embeddings)).float() / len(law)
+    return fit(embeddings[weights > 0], weights[weights > 0], parts, config.seed)

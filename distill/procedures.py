@@ -1,0 +1,78 @@
+"""Procedures around the distribution matching family: what the student is held to changes while it is trained.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from fewstep.distill.presets import DistributionMatchingConfig, Explicit
+
+
+class DisBackConfig(DistributionMatchingConfig, frozen=True):
+    """Score distillation against a teacher that walks back from the student, node by node (arXiv:2408.15991)."""
+
+    method: Literal["disback"]
+    steps: list[PositiveInt] = Field([1], min_length=1)
+    fake_score_warmup_steps: int = Field(200, ge=0)
+    fake_score_prompt_dropout: float = Field(0.1, ge=0, lt=1)
+
+    nodes: int = Field(
+        5, ge=0, description="N: the fake score's warm-up is recorded from the teacher, 0, to the student, N; 0: plain"
+    )
+    node_steps: int = Field(100, ge=1, description="iterations with each node as the target, N - 1 first")
+    path_share: float = Field(
+        0.95, ge=0, lt=1, description="of the way that the warm-up is taken to go; 0 records at even iterations"
+    )
+
+    @model_validator(mode="after")
+    def _path(self) -> DisBackConfig:
+        if self.nodes == 0:
+            return self
+        if self.divergence not in Explicit or self.policy == "phases":
+            what = f"divergence {self.divergence}" if self.policy != "phases" else "policy phases"
+            raise ValueError(
+                f"nodes {self.nodes}: not with {what}; a path is for {', '.join(Explicit)}, and for one network"
+            )
+        at = self.record_steps
+        if len({0, *at}) <= self.nodes:
+            raise ValueError(
+                f"nodes {self.nodes}: fake_score_warmup_steps {self.fake_score_warmup_steps} are too few to record them "
+                f"after {', '.join(map(str, at))} iterations; take more, or fewer nodes"
+            )
+        if self.max_train_steps <= self.arrival:
+            raise ValueError(
+                f"nodes {self.nodes}: the teacher is the target from iteration {self.arrival}, and max_train_steps is "
+                f"{self.max_train_steps}: the student would never learn it"
+            )
+        if self.divergence == "f_distill" and self.gan_warmup_steps < self.arrival:
+            raise ValueError(
+                f"gan_warmup_steps {self.gan_warmup_steps}: f_distill's ratio is of the teacher, which is the target from "
+                f"iteration {self.arrival}; give at least that"
+            )
+        return self
+
+    @property
+    def record_steps(self) -> list[int]:
+        """After how many updates of the fake score the nodes 1..N are recorded.
+
+        A regression nears its optimum as 1 - e^(-r n): nodes at even shares of the way are at these n, where the last
+        has gone `path_share` of it.
+        """
+        n, q = self.fake_score_warmup_steps, self.path_share
+        shares = [j / self.nodes for j in range(1, self.nodes + 1)]
+        return [round(n * (math.log1p(-q * s) / math.log1p(-q) if q else s)) for s in shares]
+
+    @property
+    def arrival(self) -> int:
+        """The first iteration whose target is the teacher."""
+        return self.fake_score_warmup_steps + max(self.nodes - 1, 0) * self.node_steps
+
+    def node(self, iteration: int) -> int:
+        """Number of the node that is the student's target: a function of the iteration, so that resume carries nothing."""
+        since = max(iteration - self.fake_score_warmup_steps, 0)
+        return max(self.nodes - 1 - since // self.node_steps, 0)
