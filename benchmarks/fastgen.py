@@ -80,7 +80,7 @@ def fewstep_side(a: argparse.Namespace, teacher: Any, latents: Tensor, rollout: 
             **{"policy": "backward_simulation" if rollout else "noised_data", "gan_weight": a.gan},
             **{"guidance_scale": a.guidance, "train_batch_size": a.batch, "mixed_precision": a.precision},
             **{"max_train_steps": never, "checkpointing_steps": never, "adam_weight_decay": 0.01},
-            **{"output_dir": tempfile.mkdtemp(), "fake_score_updates": 1},
+            **{"output_dir": a.folder, "fake_score_updates": 1},
         }
     )
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=a.device == "cpu")
@@ -214,7 +214,7 @@ def page(a: argparse.Namespace, found: dict[tuple[str, str], list[dict[str, Any]
         f"{a.threads or torch.get_num_threads()} threads, torch {torch.__version__}. Latents noised to one of {a.steps} "
         "steps on both sides; `own rollout` is backward simulation, the default here, which FastGen does not have. "
         f"Medians over {a.alternations} processes a side, by turns, of {a.iterations // 2} iterations of each role; ratios to "
-        "FastGen are medians over the turns. Rows: through the networks over the batch, with gradients switched on + without.",
+        "FastGen are medians over the turns. Rows: through the networks in one iteration over the batch, with gradients switched on + without.",
         "",
         GOALS,
         "",
@@ -275,7 +275,9 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.measure:
-        print(json.dumps(measured(SimpleNamespace(**json.loads(a.measure)))))  # type: ignore[arg-type]
+        with tempfile.TemporaryDirectory() as folder:
+            settings: Any = SimpleNamespace(**json.loads(a.measure), folder=folder)
+            print(json.dumps(measured(settings)))
         return
     if a.fastgen is None or not (a.fastgen / "fastgen/methods").is_dir():
         raise SystemExit(f"--fastgen {a.fastgen}: must be a checkout of https://github.com/NVlabs/FastGen")
