@@ -83,6 +83,20 @@ def shares(x: Tensor) -> Tensor:
     return 8 * torch.bincount(mode[distance < 3 * STD], minlength=8) / len(x)
 
 
+def test_the_teacher_is_exact():
+    """E[x0 | x_t] of three modes on a line, by sums over a fine grid of x0, and the noise that goes with it."""
+    means, std, noise = torch.tensor([[-1.0], [0.2], [0.9]]).double(), 0.15, Flow()
+    teacher = MixtureTeacher(noise, means, std, side=1)
+    x0 = torch.linspace(-3, 3, 6001).double()
+    x_t, t = torch.linspace(-1.5, 1.5, 7).double(), torch.linspace(0.1, 0.9, 7).double()
+    prior = (-((x0 - means - 0.5) ** 2) / (2 * std**2)).exp().sum(0)
+    weight = prior * (-((x_t[:, None] - (1 - t[:, None]) * x0) ** 2) / (2 * t[:, None] ** 2)).exp()
+    wanted = (weight * x0).sum(1) / weight.sum(1)
+    teacher.network.double()
+    found = teacher.x0(x_t.reshape(7, 1, 1, 1), t, teacher.encode(["0.5"] * 7)).flatten()
+    assert torch.allclose(found, wanted, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_trained_student_has_the_moments_and_all_modes(name: str, tmp_path: Path):
     """Mean within 0.2 deviations, variances within 30% in every direction, each mode with at least half of its due.
