@@ -87,16 +87,14 @@ def fewstep_side(a: argparse.Namespace, teacher: Any, latents: Tensor, rollout: 
     record = Record(config, accelerator)
     record.open(resume=False)
     method = methods_distiller(config, networks_of(config, teacher))
-    method.updates = lambda i: ["student"] if i % 2 == 0 else ["fake_score"]  # FastGen's rhythm: one role at a time
+    # FastGen's rhythm: one role at a time
+    method.updates = lambda iteration: ["student"] if iteration % 2 == 0 else ["fake_score"]
     with torch.no_grad():
         condition = teacher.encode(PROMPTS, "")
     shape = teacher.latent_shape()
     batches = Batches(Prompts(PROMPTS), shape, condition, latents, config.seed, a.batch, device=accelerator.device)
     trainer = Trainer(config, accelerator, method, batches, record)
     return Side(trainer.step, [m for r in method.roles().values() for m in r.denoiser.networks.values()])
-
-
-# what is measured
 
 
 class Kept:
