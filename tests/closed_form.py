@@ -89,6 +89,13 @@ def posterior(noise: NoiseProcess, x_t: Tensor, t: Tensor, mean: Tensor, std: Te
     return mean + alpha * std**2 * rest, sigma * rest
 
 
+def shifts(prompts: Sequence[str], negative: str | Sequence[str]) -> Condition:
+    """Prompts that are numbers, or "" for 0, as the condition `shift`, (B,)."""
+    negatives = [negative] if isinstance(negative, str) else list(negative)
+    numbers, others = (torch.tensor([float(p or 0) for p in texts]) for texts in (prompts, negatives))
+    return Condition({"shift": numbers}, len(prompts), {"shift": others})
+
+
 class GaussianTeacher(Denoiser):
     """A Denoiser over `GaussianNetwork`, unconditional prompts "" (shift 0) or numbers: "1.5" shifts the mean by 1.5.
 
@@ -129,9 +136,7 @@ class GaussianTeacher(Denoiser):
         return self._noise
 
     def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        negatives = [negative] if isinstance(negative, str) else list(negative)
-        shifts, negative_shifts = (torch.tensor([float(p or 0) for p in texts]) for texts in (prompts, negatives))
-        return Condition({"shift": shifts}, len(prompts), {"shift": negative_shifts})
+        return shifts(prompts, negative)
 
     def call(self, network: Callable[..., Any], x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return network(x_t, time, condition.tensors["shift"].to(x_t), condition.guidance)
