@@ -158,16 +158,16 @@ def table(found: dict[str, Any], teacher: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def curves(found: dict[str, Any]) -> str:
-    """One SVG: how far every student was at every evaluation, two plots of at most six lines."""
+def curves(found: dict[str, Any], title: str = f"{FIGURE}, fewest steps") -> str:
+    """One SVG: how far every student was at every evaluation, plots of at most six lines."""
     names, parts = list(found), []
     colours = "".join(f"--s{i}: {c}; " for i, c in enumerate(PALETTE))
     for i in range(0, len(names), COLOURS):
         some = [n for n in names[i : i + COLOURS] if found[n]["curve"]]
         lines = {n: [(p["seconds"], p[FIGURE], 0.0) for p in found[n]["curve"]] for n in some}
-        svg = plot(f"{FIGURE}, fewest steps", "seconds of training", lines, {}, some)
+        svg = plot(title, "seconds of training", lines, {}, some)
         key = "".join(
-            f'<text x="{60 + 88 * (j % 3)}" y="{226 + 15 * (j // 3)}" font-size="11" fill="{PALETTE[j]}">{n}</text>'
+            f'<text x="{40 + 105 * (j % 3)}" y="{226 + 15 * (j // 3)}" font-size="11" fill="{PALETTE[j]}">{n}</text>'
             for j, n in enumerate(some)
         )
         parts.append(f'<g transform="translate({350 * (i // COLOURS)} 0)">{svg}{key}</g>')
