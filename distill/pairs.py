@@ -94,7 +94,7 @@ def make_pairs(
 
     def make(numbers: Sequence[int]) -> None:
         nonlocal spoke
-        for done, number in enumerate(numbers):
+        for number in numbers:
             if cache.whole(paths[number]):
                 continue
             rows = list(chunks[number])
@@ -104,7 +104,7 @@ def make_pairs(
             )
             if time.monotonic() - spoke > 10:
                 spoke = time.monotonic()
-                say(f"pairs: {done + 1} of {len(numbers)} files of {cache.CHUNK}")
+                say(f"pairs: {rows[-1] + 1} of {len(seeds)}")
 
     make(range(accelerator.process_index, len(chunks), accelerator.num_processes))
     accelerator.wait_for_everyone()
