@@ -121,6 +121,7 @@ PAPERS = {
 
 BEHIND: dict[str, tuple[str, ...]] = {
     "disback": ("disback", "dmd2", "dmd"),
+    "dmd": ("dmd",),
     "dmd2": ("dmd", "dmd2"),
     "lcm": ("cm", "lcm"),
     "phased_dmd": ("phased-dmd", "dmd"),

@@ -13,7 +13,8 @@ from torch import Tensor
 from fewstep.distill.buckets import Groups
 from fewstep.distill.cache import Latents, StoredConditions
 from fewstep.distill.data import DataSet
-from fewstep.distill.distiller import Batch
+from fewstep.distill.distiller import Batch, Pairs
+from fewstep.distill.pairs import StoredPairs
 from fewstep.distill.random import Rngs, permutation
 from fewstep.samplers.condition import Condition
 
@@ -33,6 +34,7 @@ class Batches:
         world: see rank.
         device: where batches are returned.
         shapes: `shape` in each bucket, where there are several.
+        pairs: of the teacher, drawn with the captions' `condition`, or None.
     """
 
     def __init__(
@@ -48,8 +50,9 @@ class Batches:
         world: int = 1,
         device: torch.device | str = "cpu",
         shapes: Sequence[tuple[int, ...]] = (),
+        pairs: StoredPairs | None = None,
     ):
-        self.data, self.shape, self.condition, self.latents = data, shape, condition, latents
+        self.data, self.shape, self.condition, self.latents, self.pairs = data, shape, condition, latents, pairs
         self.shapes = list(shapes)
         self.groups = Groups(data.bucket_of, batch_size, seed) if self.shapes else None
         self.seed, self.batch_size, self.accumulation = seed, batch_size, accumulation
@@ -83,4 +86,9 @@ class Batches:
             batch.x0 = self.latents[samples].to(self.device)
         if self.latents is not None and self.data.has_images:
             batch.size_ids = torch.tensor([self.data.sizes(i) for i in samples], device=self.device)
+        if self.pairs is not None and self.condition is not None:
+            numbers = Rngs(self.seed, iteration, indices).integers("pair", 0, len(self.pairs)).tolist()
+            rows = {k: v.to(self.device) for k, v in self.pairs[numbers].items()}
+            told = self.condition[[self.pairs.captions[n] for n in numbers]].to(self.device)
+            batch.pairs = Pairs(rows["z"], rows["x"], told)
         return batch, rng

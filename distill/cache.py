@@ -58,12 +58,14 @@ def made_by(denoiser: Denoiser, names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _cached(config: TrainConfig, kind: str, *key: Any) -> Path:
+def cached(config: TrainConfig, kind: str, *key: Any) -> Path:
+    """The file of what a key, as JSON, names."""
     root = Path(os.path.expanduser(config.cache_dir or CACHE))
     return root / f"{kind}-{sha256(json.dumps([CACHE_FORMAT, *key]).encode()).hexdigest()[:32]}.safetensors"
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def write(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a file whole or not at all; UserError where it cannot be."""
     from safetensors.torch import save_file
 
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -71,12 +73,12 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-            os.replace(temporary, path)  # whole or not at all
+            os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def _whole(path: Path) -> bool:
+def whole(path: Path) -> bool:
     """Whether a file is there and not torn: its head names its length."""
     from safetensors import SafetensorError, safe_open
 
@@ -140,16 +142,16 @@ def conditions(config: TrainConfig, denoiser: Denoiser, captions: Sequence[str])
     """
     encoders = denoiser.pipeline.components.keys() - {"vae", "scheduler", *denoiser.network_names}
     by, negative = made_by(denoiser, encoders), config.negative_prompt
-    last = _cached(config, "negative", by, negative)
+    last = cached(config, "negative", by, negative)
     paths = []
     for i in range(0, len(captions), CHUNK):
         chunk = list(captions[i : i + CHUNK])
-        paths.append(_cached(config, "text", by, chunk, negative))
-        if not _whole(paths[-1]) or not _whole(last):
+        paths.append(cached(config, "text", by, chunk, negative))
+        if not whole(paths[-1]) or not whole(last):
             with torch.no_grad():
                 part = denoiser.encode(chunk, negative).to("cpu")
-            _write(last, {k: v[:1] for k, v in part.negative.items()})
-            _write(paths[-1], part.tensors)
+            write(last, {k: v[:1] for k, v in part.negative.items()})
+            write(paths[-1], part.tensors)
     from safetensors.torch import load_file
 
     n, unsaid = np.arange(len(captions)), load_file(last)
@@ -189,14 +191,14 @@ def latents(
             chunk = members[i : i + CHUNK].tolist()
             file_of[chunk], row_of[chunk] = len(paths), np.arange(len(chunk))
             contents, unusable = _each(data.content, chunk)
-            paths.append(_cached(config, "latents", by, data.buckets[bucket], list(contents.values())))
-            if unusable or not _whole(paths[-1]):
+            paths.append(cached(config, "latents", by, data.buckets[bucket], list(contents.values())))
+            if unusable or not whole(paths[-1]):
                 images, unread = _each(data.image, list(contents))
                 faults += [*unusable, *unread]
                 if not unusable and not unread:
                     with torch.no_grad():
                         z = denoiser.to_latents(torch.stack(list(images.values())).to(denoiser.device)).cpu()
-                    _write(paths[-1], {"latents": z})
+                    write(paths[-1], {"latents": z})
             done += len(chunk)
             if time.monotonic() - spoke > 10:
                 spoke = time.monotonic()

@@ -43,6 +43,21 @@ class Role:
 
 
 @dataclass
+class Pairs:
+    """Noises with the samples that the teacher's many steps make of them.
+
+    Attributes:
+        z: standard normal, (B, C, ...).
+        x: latents where the teacher's ODE takes it, (B, C, ...).
+        condition: under which.
+    """
+
+    z: Tensor
+    x: Tensor
+    condition: Condition
+
+
+@dataclass
 class Batch:
     """One micro-batch, B rows, on the training device.
 
@@ -53,6 +68,7 @@ class Batch:
         x0: latents of real images with these captions, (B, C, ...), or None.
         size_ids: of these images, (B, 6), as SDXL is told: original height and width, top and left of the crop, height
             and width; or None.
+        pairs: as many teacher-made pairs, with conditions of their own, or None.
     """
 
     prompts: list[str]
@@ -60,6 +76,7 @@ class Batch:
     condition: Condition | None = None
     x0: Tensor | None = None
     size_ids: Tensor | None = None
+    pairs: Pairs | None = None
 
     @property
     def size(self) -> int:
@@ -79,7 +96,8 @@ class Distiller(ABC):
     """One distillation loop: what it trains, what it draws, and the losses of one iteration."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of `prompts`, `images`: a config that lacks one is refused before any weight loads."""
+    """Of `prompts`, `images`, `pairs`: a config that lacks one of the first two is refused before any weight loads;
+    pairs the teacher makes."""
 
     @classmethod
     def needs_of(cls, config: Any) -> frozenset[str]:

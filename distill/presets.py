@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator, model_validator
 
+from fewstep.distill.regression_config import RegressionConfig, RegressionMetric
 from fewstep.distill.train_config import TrainConfig, above
 
 Divergence = Literal["reverse_kl", "huber_kl", "sid", "sim", "f_distill", "uni_instruct"]
@@ -24,8 +25,8 @@ Noisy = ("trajectory", "phases")
 FakeScoreWeight = Literal["output", "epsilon", "alpha_epsilon"]
 
 
-class DistributionMatchingConfig(TrainConfig, frozen=True):
-    """A divergence, a step policy, the guidance of each score, a rhythm."""
+class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
+    """A divergence, a step policy, the guidance of each score, a rhythm, a regulariser or none."""
 
     parts: int = Field(1, ge=1, description="of the prompts, a student of its own for each")
 
@@ -33,7 +34,9 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     weight: Weight = Field("mean_gap", description="of the divergence")
     sid_alpha: float = Field(1.0, description="alpha of SiD; 0.5 is half the Fisher divergence's gradient, 1 is SIM's")
     distance: Literal["pseudo_huber", "squared", "power"] = Field("pseudo_huber", description="of the scores in SIM")
-    huber_c: float = Field(1e-3, gt=0, description="of sim's distance and huber_kl, in units of an element")
+    huber_c: float = Field(
+        1e-3, gt=0, description="of sim's distance, huber_kl and pseudo_huber, in units of an element"
+    )
     distance_power: float = Field(1.0, gt=0, description="exponent of distance: power")
     f: Literal["rkl", "kl", "jf", "js", "sf", "pearson", "neyman", "sh"] = Field(
         "js", description="of f_distill and uni_instruct"
@@ -141,6 +144,15 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
                     f"min_level {self.min_level:g}, max_level {self.max_level:g}, level_margin {self.level_margin:g}"
                 )
 
+    @model_validator(mode="after")
+    def _pairs_of_one_step(self) -> DistributionMatchingConfig:
+        if self.regression_weight > 0 and (self.policy in Noisy or 1 not in self.steps):
+            raise ValueError(
+                "regression_weight: compares what the student's one step makes of a noise; it takes 1 among steps, now "
+                f"{self.steps}, and policy backward_simulation or noised_data, now {self.policy}"
+            )
+        return self
+
     @property
     def discriminates(self) -> bool:
         """Whether the fake score carries a discriminator, which needs images."""
@@ -160,6 +172,16 @@ class DistributionMatchingConfig(TrainConfig, frozen=True):
     @classmethod
     def _wider(cls, value: float | None, info: ValidationInfo) -> float | None:
         return above(value, info, "guidance_scale")
+
+
+class DMDConfig(DistributionMatchingConfig, frozen=True):
+    """The first DMD: one step, held in place by a regression to the teacher's own samples (arXiv:2311.18828)."""
+
+    method: Literal["dmd"]
+    steps: list[PositiveInt] = Field([1], min_length=1)
+    fake_score_updates: int = Field(1, ge=1)
+    regression_weight: float = Field(0.25, ge=0)
+    regression_metric: RegressionMetric = "lpips"
 
 
 class DMD2Config(DistributionMatchingConfig, frozen=True):
@@ -264,6 +286,7 @@ class PhasedDMDConfig(DistributionMatchingConfig, frozen=True):
 
 
 PRESETS: dict[str, type[TrainConfig]] = {
+    "dmd": DMDConfig,
     "dmd2": DMD2Config,
     "phased_dmd": PhasedDMDConfig,
     "sid": SiDConfig,

@@ -37,6 +37,7 @@ MAY_CHANGE = {
         "report_prompts",
         "output_dir",
         "cache_dir",
+        "lpips_weights",
         "best_metric",
         "eval_steps",
         "eval_metrics",

@@ -18,6 +18,9 @@ from fewstep.distill.data import DataSet
 from fewstep.distill.distiller import Distiller
 from fewstep.distill.methods import distiller, why_not
 from fewstep.distill.networks import Networks
+from fewstep.distill.objectives import regression
+from fewstep.distill.pairs import make_pairs
+from fewstep.distill.presets import DistributionMatchingConfig
 from fewstep.distill.record import Record, check_tracker, pixels_shape
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
@@ -42,6 +45,8 @@ def refuse(config: TrainConfig) -> None:
         raise ConfigError("config: aspect_ratio_buckets: sorts images; give train_data or dataset_name")
     if not config.has_images and config.prompts not in (None, "embedded:emoji"):
         data_sets.read_prompts(config.prompts)
+    if isinstance(config, DistributionMatchingConfig) and config.decodes:
+        regression.lpips(config.lpips_net, config.lpips_weights)
     check_tracker(config.report_to)
     efficiency.refuse(config)
     sharding.refuse(config)
@@ -141,14 +146,18 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     keep_encoder = getattr(config, "train_text_encoder", False)
     with accelerator.main_process_first():
         condition = None if keep_encoder else cache.conditions(config, teacher, data.captions)
-        images = "images" in distiller(config.method).needs_of(config)
-        latents = cache.latents(config, teacher, data, record.say) if images else None
+        needs = distiller(config.method).needs_of(config)
+        latents = cache.latents(config, teacher, data, record.say) if "images" in needs else None
         shown = None
         if config.validation_prompts and not keep_encoder:
             shown = cache.conditions(config, teacher, config.validation_prompts)[range(len(config.validation_prompts))]
         judged = None
         if config.eval_steps:
             judged = in_training.prompts_of(config, teacher)
+    pairs = None
+    if isinstance(config, DistributionMatchingConfig) and "pairs" in needs:
+        assert condition is not None
+        pairs = make_pairs(config, teacher, data, condition, shape, accelerator, record.say)
     if config.offload_encoders:
         teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
     if sharded:
@@ -178,6 +187,7 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         accelerator.num_processes,
         accelerator.device,
         shapes,
+        pairs,
     )
     trainer = Trainer(config, accelerator, method, batches, record)
     trainer.alarm.reference = reference if config.collapse_alarm else None

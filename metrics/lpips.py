@@ -61,6 +61,15 @@ class Lpips:
             raise ValueError(f"lpips needs images of at least {SMALLEST} pixels a side; got {tuple(images.shape[-2:])}")
         return in_batches(self._distances, self.batch, images, others)
 
+    def between(self, images: Tensor, others: Tensor) -> Tensor:
+        """The same of float images in 0..1, where the network is, with their graph: to be minimised.
+
+        Values out of range are taken as they are.
+        """
+        if min(images.shape[-2:]) < SMALLEST:
+            raise ValueError(f"lpips needs images of at least {SMALLEST} pixels a side; got {tuple(images.shape[-2:])}")
+        return self.network(2 * images - 1, 2 * others - 1).flatten()
+
     def _distances(self, images: Tensor, others: Tensor) -> Tensor:
         a, b = (x.to(self.device).float() / 127.5 - 1 for x in (images, others))
         return self.network(a, b).flatten()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class GaussianNetwork(nn.Module):
         guided: with a guidance input w the shift becomes shift (1 + guided (w - 1)); 1 is what guidance of scale w
             against shift 0 gives, 0 ignores it, None has no such input.
     """
+
+    config: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,

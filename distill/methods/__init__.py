@@ -12,6 +12,7 @@ MATCHING = "fewstep.distill.methods.distribution_matching:DistributionMatching"
 
 DISTILLERS = {
     "disback": "fewstep.distill.methods.disback:DisBack",
+    "dmd": MATCHING,
     "dmd2": MATCHING,
     "lcm": "fewstep.distill.methods.consistency:Consistency",
     "phased_dmd": MATCHING,

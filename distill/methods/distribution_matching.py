@@ -9,13 +9,14 @@ or none.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fewstep.distill.distiller import Batch, Distiller, Losses, Role
 from fewstep.distill.networks import Networks
-from fewstep.distill.objectives import adversarial, cost, implicit, policy
+from fewstep.distill.objectives import adversarial, cost, implicit, policy, regression
 from fewstep.distill.objectives.divergence import huber, reverse_kl, sid, sim, spread, surrogate, weighted
 from fewstep.distill.objectives.f_divergence import density_ratio, uni_instruct, weights
 from fewstep.distill.objectives.fake_score import reweighted, subinterval_error, x0_hat_error
@@ -37,7 +38,8 @@ class DistributionMatching(Distiller):
     @classmethod
     def needs_of(cls, config: DistributionMatchingConfig) -> frozenset[str]:
         images = config.discriminates or config.policy == "noised_data"
-        return cls.needs | {"images"} if images else cls.needs
+        pairs = config.regression_weight > 0
+        return cls.needs | {name for name, needed in (("images", images), ("pairs", pairs)) if needed}
 
     def __init__(self, config: DistributionMatchingConfig, networks: Networks):
         self.config = config
@@ -89,7 +91,7 @@ class DistributionMatching(Distiller):
             draws = Draws(self.rollout(batch, rng, "student" in roles, condition))
         for role in roles:
             draws.conditions[role] = condition
-            draws.t[role] = self.noise.shift(self.level(role, rng, draws.points.get(role)))
+            draws.t[role] = self.noise.shift(policy.drawn_level(c, role, rng, draws.points.get(role)))
             draws.eps[role] = rng.normal(f"{role} noise", batch.shape)
         for name in self.own_levels(roles):
             draws.t[name] = self.noise.shift(1 - rng.uniform(f"{name} level"))
@@ -100,23 +102,6 @@ class DistributionMatching(Distiller):
         if c.guidance_scale_max is not None and "student" in roles:
             draws.scale = c.guidance_scale + (c.guidance_scale_max - c.guidance_scale) * rng.uniform("guidance")
         return draws
-
-    def level(self, role: str, rng: Rngs, point: Point | None = None) -> Tensor:
-        """Before the shift, (B,). The fake score must be right wherever it is asked: at all levels above the sample's.
-
-        A step's end is compared within the step: there no other step's samples are, and one fake score serves them all.
-        """
-        c = self.config
-        if c.weighting_scheme == "logit_normal":
-            u = (c.logit_mean + c.logit_std * rng.normal(f"{role} level", ())).sigmoid()
-        else:
-            u = 1 - rng.uniform(f"{role} level") if role == "fake_score" else rng.uniform(f"{role} level")
-        if point is None:
-            return u if role == "fake_score" else c.min_level + (c.max_level - c.min_level) * u
-        if role == "fake_score":
-            return point.to + (point.start - point.to) * u
-        low, high = (point.to + c.level_margin).clamp(min=c.min_level), point.start.clamp(max=c.max_level)
-        return low + (high - low) * u
 
     def own_levels(self, roles: list[str]) -> list[str]:
         """What heads look at, each at a level and with a noise of its own; others share those of the role's loss."""
@@ -164,6 +149,22 @@ class DistributionMatching(Distiller):
         loss = surrogate(draws.x0, d)
         scalars |= {"spread": spread(x0), "gap": (f - r).abs().mean()}
         yield Losses(loss, {"loss": loss.detach(), **scalars})
+        if c.regression_weight:
+            yield self.regression(batch)
+
+    def regression(self, batch: Batch) -> Losses:
+        """The student's one step from the noises of pairs, against what the teacher's many steps made of them (DMD)."""
+        assert batch.pairs is not None
+        t = self.noise.shift(torch.tensor(self.top, device=batch.pairs.z.device))
+        told = batch.pairs.condition.with_guidance(self.guidance)
+        x0 = self.student.denoiser.x0(self.scale * batch.pairs.z, t, told)
+        d, distances = regression.direction(x0, batch.pairs.x, self.distance)
+        return Losses(surrogate(x0, self.config.regression_weight * d), {"regression": distances.mean()})
+
+    @cached_property
+    def distance(self) -> regression.Distance:
+        """Of the student's latents from the teacher's."""
+        return regression.distance_of(self.config, self.config.huber_c, self.teacher.denoiser)
 
     def denoising(self, x0: Tensor, t: Tensor, eps: Tensor, condition: Condition, point: Point | None) -> Tensor:
         """Squared errors of the fake score on the noised samples, weighted, (B, ...)."""

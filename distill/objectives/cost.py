@@ -26,7 +26,8 @@ def calls(
     scores = (teacher + fake, 0) if explicit else (config.split_gradient * fake, teacher + fake)
     look = config.discriminates  # a call that stops at the deepest block counts as one
     graph = look and config.gan_weight > 0
+    regressed = config.regression_weight > 0  # one call of the student on pairs
     trained += 2 * look
-    both = {"forward": rollout + scores[0] + look - graph, "backward": 1 + scores[1] + graph + trained}
+    both = {"forward": rollout + scores[0] + look - graph, "backward": 1 + regressed + scores[1] + graph + trained}
     alone = {"forward": rollout + (not steps_alone), "backward": trained}
     return {"student and fake_score": both, "fake_score": alone}

@@ -54,6 +54,24 @@ class Draws:
     scale: float | Tensor | None = None
 
 
+def drawn_level(config: DistributionMatchingConfig, role: str, rng: Rngs, point: Point | None = None) -> Tensor:
+    """Before the shift, (B,). The fake score must be right wherever it is asked: at all levels above the sample's.
+
+    A step's end is compared within the step: there no other step's samples are, and one fake score serves them all.
+    """
+    c = config
+    if c.weighting_scheme == "logit_normal":
+        u = (c.logit_mean + c.logit_std * rng.normal(f"{role} level", ())).sigmoid()
+    else:
+        u = 1 - rng.uniform(f"{role} level") if role == "fake_score" else rng.uniform(f"{role} level")
+    if point is None:
+        return u if role == "fake_score" else c.min_level + (c.max_level - c.min_level) * u
+    if role == "fake_score":
+        return point.to + (point.start - point.to) * u
+    low, high = (point.to + c.level_margin).clamp(min=c.min_level), point.start.clamp(max=c.max_level)
+    return low + (high - low) * u
+
+
 def drawn_step(counts: list[int], rng: Rngs) -> tuple[int, int]:
     """Number of steps and index of the trained one, uniform, drawn once for all samples and processes."""
     source = rng.shared("step")

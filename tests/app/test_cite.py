@@ -17,6 +17,7 @@ from tests.app.conftest import Answer
 @pytest.mark.parametrize(
     ("method", "student", "numbers"),
     [
+        ("dmd", "full", ["2311.18828"]),
         ("dmd2", "lora", ["2311.18828", "2405.14867"]),
         ("lcm", "full", ["2303.01469", "2310.04378"]),
         ("lcm", "lora", ["2303.01469", "2310.04378", "2311.05556"]),

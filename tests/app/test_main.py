@@ -58,7 +58,7 @@ finally:
     [
         (["learing_rate=1"], ["tiny.yaml: learing_rate: unknown key; did you mean learning_rate?"]),
         (["rank=many"], ["tiny.yaml: rank:", "integer", "'many'"]),
-        (["method=dmd3"], ["method: 'dmd3' is unknown; did you mean dmd2?", "lcm"]),
+        (["method=dmd3"], ["method: 'dmd3' is unknown; did you mean dmd?", "lcm"]),
         (["rank"], ["rank: an override is key=value"]),
         (["teacher=no/where/at/all"], ["no/where/at/all: no such folder"]),
         (["teacher=embedded:emojis"], ["embedded:emojis: no such embedded teacher"]),

@@ -26,7 +26,7 @@ def mistakes(values: object, *overrides: str) -> list[str]:
     [
         ({"lerning_rate": 1e-4}, "config: lerning_rate: unknown key; did you mean learning_rate?"),
         ({"xyzzy": 1}, "config: xyzzy: unknown key"),
-        ({"method": "dmd"}, f"config: method: 'dmd' is unknown; did you mean dmd2? known: {KNOWN}"),
+        ({"method": "dmd3"}, f"config: method: 'dmd3' is unknown; did you mean dmd? known: {KNOWN}"),
         ({"method": None}, f"config: method: missing; known: {KNOWN}"),
         ({"method": ["lcm"]}, f"config: method: ['lcm'] is unknown; did you mean lcm? known: {KNOWN}"),
         ({"student": "half"}, "config: student: Input should be 'lora' or 'full'; got 'half'"),

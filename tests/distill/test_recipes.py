@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from fewstep.distill import load_config, train
 from fewstep.distill.config import CONFIGS, METHODS, LCMConfig, TrainConfig
@@ -21,6 +22,7 @@ from fewstep.distill.teachers import embed, untrained
 from fewstep.samplers.load import EMBEDDED, family
 from fewstep.samplers.manifest import read_manifest
 from tests.distill.runs import metrics, write_images
+from tests.metrics.tiny_lpips import squeeze
 from tests.pipelines import tiny_dit, tiny_pixart, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
 from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
@@ -68,10 +70,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     home = tmp_path_factory.mktemp("inputs")
     (home / "prompts.txt").write_text("a red apple\na cat\n")
     (home / "labels.txt").write_text("0\n207\n")
+    save_file(squeeze(), home / "squeeze.safetensors")
     return [
         f"train_data={write_images(home / 'images', n=2, side=64)}",
         f"prompts={home / 'prompts.txt'}",
         f"cache_dir={home / 'cache'}",
+        f"lpips_weights={home / 'squeeze.safetensors'}",
         *("max_train_steps=2", "train_batch_size=1", "gradient_accumulation_steps=1", "logging_steps=1"),
     ]
 
@@ -80,8 +84,12 @@ def of(config: TrainConfig, inputs: list[str], folder: Path) -> list[str]:
     """Overrides for one recipe: what its method does not take is left out, and sizes that it says are small."""
     family = isinstance(config, DistributionMatchingConfig)
     unneeded = "prompts=" if "images" in distiller(config.method).needs_of(config) else "train_data="
+    unneeded = (unneeded, *["lpips_weights="] * (not family))
     chosen = [i for i in inputs if not i.startswith(unneeded)] + ["fake_score_warmup_steps=0"] * family
-    if config.height is not None:
+    compared = family and config.decodes
+    if compared:
+        chosen += ["lpips_net=squeeze", "num_pairs=3", "pair_steps=2"]
+    if config.height is not None or compared:
         chosen += ["height=64", "width=64"]
     if config.num_frames is not None:
         chosen += ["num_frames=5"]
@@ -145,7 +153,7 @@ def test_what_no_recipe_trains(
     config = load_config(
         {"method": method, "teacher": str(tiny(known)), "student": student, "rank": 2, "height": 64, "width": 64},
         [
-            *(i for i in inputs if not i.startswith("train_data=" if method == "dmd2" else "prompts=")),
+            *(i for i in inputs if not i.startswith(("lpips_", "train_data=" if method == "dmd2" else "prompts="))),
             f"output_dir={tmp_path}",
         ],
     )
@@ -164,7 +172,9 @@ def test_the_scripts_of_the_embedded_teacher_lead_to_one(prediction_type: str, i
     untrained.main(str(EMBEDDED / "emoji/vae"), str(tmp_path / "untrained"), prediction_type)
     name = "teachers/emoji" if prediction_type == "v_prediction" else "teachers/emoji-epsilon"
     own = [f"teacher={tmp_path / 'untrained'}", f"output_dir={tmp_path}", "num_samples=4", "train_data=embedded:emoji"]
-    run = train(load_config(name, [*(i for i in inputs if not i.startswith(("prompts=", "train_data="))), *own]))
+    run = train(
+        load_config(name, [*(i for i in inputs if not i.startswith(("lpips_", "prompts=", "train_data="))), *own])
+    )
     embed.main(str(run), tmp_path / "shipped")
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "shipped")
     assert pipe.scheduler.config.prediction_type == prediction_type

@@ -24,6 +24,7 @@ from tests.pipelines import tiny_stable_diffusion
 
 RUNS: dict[str, dict[str, Any]] = {
     "pretrain": {"prompt_dropout": 0.5},
+    "dmd": {"regression_metric": "squared", "num_pairs": 6, "pair_steps": 2},
     "dmd2": {"steps": [1, 2], "fake_score_updates": 2},
 }
 # a tiny gradient is noise of the order of summation, which AdamW would divide by itself

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from fewstep.metrics.lpips import Lpips
-from fewstep.samplers.compat import declare_torchvision_operators
 from tests.metrics.tiny_clip import noise_images
+from tests.metrics.tiny_lpips import backbone, state
 
 A, B = noise_images(3, 40, 48, seed=1), noise_images(3, 40, 48, seed=2)
 LAYERS = {
@@ -25,20 +25,11 @@ LAYERS = {
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory) -> dict[str, tuple[torch.nn.Sequential, Path]]:
     """Of each net the layers with random weights, and their file."""
-    declare_torchvision_operators()
-    import torchvision
-
     folder, made = tmp_path_factory.mktemp("lpips"), {}
     for net, (name, _) in LAYERS.items():
-        with torch.device("meta"):
-            layers = getattr(torchvision.models, name)().features
-        layers.to_empty(device="cpu")
-        generator = torch.Generator().manual_seed(0)
-        for p in layers.parameters():
-            scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.05
-            torch.nn.init.normal_(p, std=1.4 * scale, generator=generator)
-        made[net] = layers.eval(), folder / f"{net}.safetensors"
-        save_file({f"features.{k}": v for k, v in layers.state_dict().items()}, made[net][1])
+        layers = backbone(name)
+        made[net] = layers, folder / f"{net}.safetensors"
+        save_file(state(layers), made[net][1])
     return made
 
 
@@ -77,6 +68,19 @@ def test_the_figure_of_torchmetrics(monkeypatch):
     theirs = LearnedPerceptualImagePatchSimilarity("squeeze", normalize=True)
     theirs.update(A / 255, B / 255)
     assert Lpips("squeeze")(A, B).mean().item() == pytest.approx(theirs.compute().item(), rel=1e-5)
+
+
+def test_as_a_loss(backbones):
+    """Of float images the same values; with a gradient that a step against it goes down by."""
+    lpips = Lpips("squeeze", backbones["squeeze"][1])
+    images, others = (x.float() / 255 for x in (A, B))
+    images.requires_grad_(True)
+    values = lpips.between(images, others)
+    torch.testing.assert_close(values.detach(), lpips(A, B), rtol=1e-4, atol=1e-6)
+    (gradient,) = torch.autograd.grad(values.sum(), images)
+    step = 0.01 * values.sum().detach() / gradient.square().sum()  # to first order 1% of the distance
+    gained = values.sum() - lpips.between(images - step * gradient, others).sum()
+    assert gained.item() == pytest.approx(0.01 * values.sum().item(), rel=0.1)
 
 
 def test_batches_order_and_sides_do_not_matter(backbones):

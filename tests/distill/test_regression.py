@@ -1,0 +1,305 @@
+"""The regression to the teacher's pairs: its gradient, its fixed point, what it costs and reaches, LPIPS of decoded images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewstep.distill.config import ConfigError
+from fewstep.distill.distiller import Batch, Pairs
+from fewstep.distill.networks import require_grad
+from fewstep.distill.objectives import regression
+from fewstep.distill.pairs import StoredPairs
+from fewstep.distill.random import Rngs
+from fewstep.distill.run import refuse
+from fewstep.metrics.lpips import Lpips
+from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import denoiser_of
+from fewstep.samplers.plan import generators
+from fewstep.samplers.rules import randn
+from tests.distill.exact import SHIFT, Laws, exact, moments, prompts_of
+from tests.distill.gaussian import PROCESSES, Teacher, affine, calls, lora, method, under_training
+from tests.distill.runs import config
+from tests.metrics.tiny_lpips import squeeze
+from tests.pipelines import PROMPTS, tiny_stable_diffusion
+
+DMD: dict[str, Any] = {"method": "dmd", "regression_metric": "squared", "guidance_scale": 2.0}
+METRICS = ("squared", "pseudo_huber")
+
+
+def paired(made: Any, batch: Batch, z: Tensor, x: Tensor) -> Batch:
+    assert batch.condition is not None
+    batch.pairs = Pairs(z, x, batch.condition)
+    return batch
+
+
+def gaussian_pairs(made: Any, teacher: Teacher, n: int = 64) -> Batch:
+    """Of the exact guided ODE map, in float64; the guided teacher's shift is twice the prompt's."""
+    z = randn((n, *teacher.latent_shape()), generators(range(n))).double()
+    top = torch.ones(n).double()
+    x = teacher.exact_ode(made.scale * z, top, 0 * top, 2 * SHIFT)
+    return paired(made, prompts_of(teacher, [str(SHIFT)] * n), z, x)
+
+
+def of_gaussian(folder: Path, name: str, **changes: Any) -> tuple[Any, Batch]:
+    """A student whose x0 is mean + std / v (x_t - alpha mean): at the guided teacher's numbers the ODE map itself."""
+    teacher = Teacher(PROCESSES[name], [0.7, -0.4], [0.5, 1.3], side=4)
+    made = method(folder, teacher, **(DMD | changes))
+    student = made.student.denoiser.network.double()
+    student.jump = True
+    with torch.no_grad():  # in float32 off by 1e-8
+        student.gain.fill_(2.0)
+        student.mean.copy_(teacher.mean)
+        student.log_std.copy_(teacher.std.double().log())
+    teacher.network.double()
+    return made, gaussian_pairs(made, teacher)
+
+
+# the distance
+
+
+def test_direction():
+    """N times the gradient: 2 e, and e / sqrt(e^2 + c^2); distances are means over a row's elements."""
+    x0, x = torch.tensor([[1.0, 2.0], [0.0, 0.5]]), torch.tensor([[0.0, 4.0], [0.0, 0.5]])
+    e = x0 - x
+    settings: Any = config(Path(), method="dmd", regression_metric="squared")
+    d, values = regression.direction(x0, x, regression.distance_of(settings, 0.1, SimpleNamespace()))  # type: ignore[arg-type]
+    assert torch.allclose(d, 2 * e)
+    assert values.tolist() == [2.5, 0]
+    settings = settings.model_copy(update={"regression_metric": "pseudo_huber"})
+    d, values = regression.direction(x0, x, regression.distance_of(settings, 0.1, SimpleNamespace()))  # type: ignore[arg-type]
+    root = (e.square() + 0.01).sqrt()
+    assert torch.allclose(d, e / root, atol=1e-6)
+    assert torch.allclose(values, (root - 0.1).mean(1), atol=1e-6)
+    assert not d.requires_grad
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_gradient(name: str, tmp_path: Path):
+    """x0 = (1 - k a) m + k c z, k = std / v at the top level; off the target by e: d/dm of w E e^2 is 2 w (1 - k a) E e."""
+    made, batch = of_gaussian(tmp_path, name, regression_weight=0.25)
+    network = made.student.denoiser.network
+    with torch.no_grad():
+        network.mean += torch.tensor([0.2, -0.1]).double().reshape(2, 1, 1)
+        network.log_std += 0.3
+    require_grad(made.roles(), ["student"])
+    made.regression(batch).total.backward()
+    t = made.noise.shift(torch.ones(()).double())
+    a, s = made.noise.alpha(t), made.noise.sigma(t)
+    std, mean = network.log_std.exp(), network.mean + 2 * SHIFT
+    k = std / (a**2 * std**2 + s**2).sqrt()
+    e = (1 - k * a) * mean + k * made.scale * batch.pairs.z - batch.pairs.x
+    wanted = 0.25 * 2 * (1 - k * a) * e.mean((0, 2, 3), keepdim=True)[0] / 2  # of two channels
+    assert torch.allclose(network.mean.grad, wanted.detach(), rtol=1e-6, atol=1e-9)
+    assert wanted.abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", ["vp", "flow_shifted", "edm"])
+def test_the_fixed_point_is_the_teachers_ode_map(name: str, metric: str, tmp_path: Path):
+    """The exact map has no gradient, in any distance; its reflection, of the same law, has."""
+    made, batch = of_gaussian(tmp_path, name, regression_metric=metric, huber_c=0.1)
+    require_grad(made.roles(), ["student"])
+    losses = made.regression(batch)
+    losses.total.backward()
+    assert losses.scalars["regression"] < 1e-10
+    assert all(p.grad is None or p.grad.abs().max() < 1e-6 for p in made.student.parameters.values())
+    center = 2 * batch.pairs.x.mean((0, 2, 3), keepdim=True)
+    reflected = paired(made, batch, batch.pairs.z, center - batch.pairs.x)
+    made.regression(reflected).total.backward()
+    assert made.student.parameters["network.log_std"].grad.abs().min() > 1e-3
+
+
+def test_the_divergence_cannot_tell_the_reflected_map(tmp_path: Path):
+    """m - S z has the teacher's law: DMD's direction vanishes there, and pairs alone say which map is meant."""
+    x = Laws(m=0.7, S=0.5, b=0.7, c=0.5)
+    made = exact(tmp_path, "flow", x, **(DMD | {"guidance_scale": 1.0, "regression_weight": 0.0}))
+    with torch.no_grad():  # the prompt moves both alike
+        made.fake_score.denoiser.network.gain.fill_(1.0)
+    mean, slope = moments(made, Laws(m=x.m, S=x.S, b=x.b + SHIFT, c=-x.c))
+    assert mean.abs().max() < 1e-6
+    assert slope.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_student_trained_by_it_alone_reproduces_the_map(metric: str, tmp_path: Path):
+    """From the teacher's own one step, whose samples are its mean, to offset and gain of the ODE map, both channels."""
+    teacher = Teacher(PROCESSES["vp"], [0.7, -0.4], [0.5, 1.3], side=4)
+    made = method(tmp_path, teacher, **(DMD | {"regression_metric": metric, "huber_c": 0.1}))
+    batch = gaussian_pairs(made, teacher)
+    network = made.student.denoiser.network.double()
+    require_grad(made.roles(), ["student"])
+    optimizer = torch.optim.LBFGS([network.scale, network.offset], max_iter=100, line_search_fn="strong_wolfe")
+    t = made.noise.shift(torch.ones(()).double())
+    told = batch.pairs.condition
+
+    def loss() -> Tensor:  # the surrogate's value is not the distance, its gradient is
+        optimizer.zero_grad()
+        losses = made.regression(batch)
+        losses.total.backward()
+        return losses.scalars["regression"]
+
+    before = (made.student.denoiser.x0(batch.pairs.z, t, told) - batch.pairs.x).abs().max()
+    optimizer.step(loss)  # type: ignore[arg-type]
+    gain, offset = affine(made.student.denoiser, 1.0, str(SHIFT))
+    a, s = made.noise.alpha(t), made.noise.sigma(t)
+    std, mean = teacher.std.flatten().double(), teacher.mean.flatten().double() + 2 * SHIFT
+    k = std / (a**2 * std**2 + s**2).sqrt()
+    assert before > 0.5
+    torch.testing.assert_close(gain, k, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(offset, (1 - k * a) * mean, rtol=1e-4, atol=1e-4)
+
+
+# in the method
+
+
+def stored(batch: Batch) -> StoredPairs:
+    """Pairs of a batch as `Batches` takes them."""
+    pairs = batch.pairs
+    assert pairs is not None
+
+    class Held(StoredPairs):
+        def __getitem__(self, numbers: Any) -> dict[str, Tensor]:
+            return {"z": pairs.z[list(numbers)].float(), "x": pairs.x[list(numbers)].float()}
+
+    return Held(None, [0] * len(pairs.z))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{}, {"steps": [1, 2], "fake_score_updates": 2}, {"guidance_scale": 1.0}], ids=str)
+def test_cost_is_as_declared(changes: dict[str, Any], tmp_path: Path):
+    """One call of the student with a graph on top, in the student's turn; pairs cost nothing while a student trains."""
+    teacher = Teacher(PROCESSES["vp"], [0.7], [0.5], side=1)
+    made = method(tmp_path, teacher, **(DMD | {"train_batch_size": 2} | changes))
+    trainer = under_training(tmp_path, made, teacher, [str(SHIFT)] * 4)
+    trainer.batches.pairs = stored(gaussian_pairs(made, teacher, 8))
+    plain = method(tmp_path, teacher, **(DMD | {"regression_weight": 0.0} | changes))
+    for i in range(3):
+        with calls(made) as seen:
+            said = trainer.step(i)
+        roles = made.updates(i)
+        named = " and ".join(roles)
+        graphs = sum(c.rows for c in seen if c.graph) / 2
+        assert graphs == made.forwards()[named]["backward"]
+        assert graphs - plain.forwards()[named]["backward"] == ("student" in roles)
+        assert made.forwards()[named]["forward"] == plain.forwards()[named]["forward"]
+        assert ("student/regression" in said) is ("student" in roles)
+
+
+def test_weight_zero_is_the_method_without(tmp_path: Path):
+    """To the bit: no pairs, one loss, the same draws; and with a weight the divergence's loss stays what it is."""
+    teacher = Teacher(PROCESSES["flow"], [0.7], [0.5], side=2)
+    found = {}
+    for weight in (0.0, 0.25):
+        made = method(tmp_path, teacher, **(DMD | {"regression_weight": weight}))
+        batch = gaussian_pairs(made, teacher, 4)
+        assert batch.pairs is not None
+        batch.pairs.z, batch.pairs.x = batch.pairs.z.float(), batch.pairs.x.float()
+        draws = made.draw(batch, Rngs(0, 0, range(4)), 0, ["student", "fake_score"])
+        found[weight] = [[losses.total for losses in made.loss(r, batch, draws, 0)] for r in ("student", "fake_score")]
+    assert [len(losses) for losses in found[0.0]] == [1, 1]
+    assert [len(losses) for losses in found[0.25]] == [2, 1]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(found[0.0], found[0.25], strict=True))
+    needs = made.needs_of(config(tmp_path, **DMD))
+    assert needs == {"prompts", "pairs"}
+    assert made.needs_of(config(tmp_path, method="dmd2")) == {"prompts"}
+    assert made.needs_of(config(tmp_path, **(DMD | {"regression_weight": 0.0}))) == {"prompts"}
+
+
+def test_it_reaches_the_student_alone_with_a_graph_of_its_own(tmp_path: Path):
+    """Built after the first loss was differentiated and its graph freed, at the noises of the pairs and the top level."""
+    made = lora(tmp_path, tiny_stable_diffusion(), **DMD)
+    batch = prompts_of(made.student.denoiser, PROMPTS)
+    z, x = (randn((2, *batch.shape), generators([s, s + 1])) for s in (0, 5))
+    batch = paired(made, batch, z, x)
+    require_grad(made.roles(), ["student", "fake_score"])
+    draws = made.draw(batch, Rngs(0, 0, range(2)), 0, ["student"])
+    losses = made.loss("student", batch, draws, 0)
+    next(losses).total.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        draws.x0.sum().backward()
+    first = {k: p.grad.clone() for k, p in made.student.parameters.items()}
+    with calls(made) as seen:
+        second = next(losses)
+    assert [(c.role, c.graph) for c in seen] == [("student", True)]
+    assert torch.equal(seen[0].x_t, z)
+    assert seen[0].time.tolist() == [999.0, 999.0]
+    second.total.backward()
+    assert any(not torch.equal(first[k], p.grad) for k, p in made.student.parameters.items())
+    assert all(p.grad is None for p in made.fake_score.parameters.values())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": [4]}, {"policy": "trajectory"}, {"method": "tdm", "regression_weight": 1.0}], ids=str
+)
+def test_what_has_no_one_step_is_refused(changes: dict[str, Any], tmp_path: Path):
+    with pytest.raises(ConfigError, match="regression_weight: compares what the student's one step makes of a noise"):
+        config(tmp_path, **(DMD | changes))
+
+
+# LPIPS
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lpips") / "squeeze.safetensors"
+    save_file(squeeze(), path)
+    return path
+
+
+def test_lpips_of_decoded_images(weights: Path):
+    """The gradient is that of LPIPS through the decoder of all rows at once; none at the target; the value the figure's."""
+    denoiser = denoiser_of(tiny_stable_diffusion())
+    for p in denoiser.pipeline.vae.parameters():
+        p.requires_grad_(True)
+    settings: Any = config(Path(), method="dmd", lpips_net="squeeze", lpips_weights=str(weights))
+    distance = regression.distance_of(settings, 0.0, denoiser)
+    x0, x = (randn((2, 4, 24, 24), generators([s, s + 1])) for s in (0, 5))
+    d, _ = regression.direction(x0, x, distance)
+    leaf = x0.clone().requires_grad_()
+    measure = Lpips("squeeze", weights)
+    images, wanted = denoiser.to_images(leaf), denoiser.to_images(x).detach()
+    (gradient,) = torch.autograd.grad(measure.between(images, wanted).sum(), leaf)
+    whole = gradient * x0[0].numel()  # rounding, other in batches, turns a rectifier here and there
+    assert torch.cosine_similarity(d.flatten(1), whole.flatten(1)).min() > 0.999
+    assert (d.flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1) - 1).abs().max() < 0.01
+    assert all(p.grad is None for p in denoiser.pipeline.vae.parameters())
+    same, zeros = regression.direction(x, x, distance)
+    assert zeros.abs().max() < 1e-10
+    assert same.abs().max() < 1e-4 * d.abs().max()
+    squashed = SimpleNamespace(pipeline=denoiser.pipeline, to_images=lambda z: denoiser.to_images(z).clamp(0, 1))
+    inside = regression.in_images(squashed, measure)  # type: ignore[arg-type]
+    pictures = [(denoiser.to_images(z).clamp(0, 1) * 255).round().byte() for z in (x0, x)]
+    assert inside(x0, x).item() == pytest.approx(measure(*pictures).mean().item(), rel=0.02)
+
+
+def test_frames_of_clips_are_images(weights: Path):
+    """Mean over all frames of all clips."""
+    clips = torch.rand(2, 2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    measure = Lpips("squeeze", weights)
+    stub: Any = SimpleNamespace(pipeline=SimpleNamespace(), to_images=lambda z: clips[int(z)])
+    found = regression.in_images(stub, measure)(torch.tensor(0), torch.tensor(1))
+    each = [measure.between(clips[0, b, f][None], clips[1, b, f][None]) for b in range(2) for f in range(3)]
+    torch.testing.assert_close(found, torch.cat(each).mean())
+
+
+def test_missing_weights_are_refused_before_anything_loads(tmp_path: Path):
+    """In one line, with the key; not where no image is compared."""
+    asked = {"method": "dmd", "prompts": "embedded:emoji", "lpips_weights": str(tmp_path / "none.pth")}
+    with pytest.raises(UserError, match=r"lpips: no file .*none.pth; .*\(here: lpips_weights=FILE\)") as caught:
+        refuse(config(tmp_path, **asked))
+    assert "\n" not in str(caught.value)
+    refuse(config(tmp_path, **(asked | {"regression_metric": "squared"})))
+    refuse(config(tmp_path, **(asked | {"regression_weight": 0.0})))
+
+
+def test_small_images_are_refused(weights: Path):
+    stub: Any = SimpleNamespace(pipeline=SimpleNamespace(), to_images=lambda z: z)
+    distance, small = regression.in_images(stub, Lpips("squeeze", weights)), torch.zeros(1, 3, 16, 16)
+    with pytest.raises(UserError, match=r"lpips needs images of at least 32 pixels a side; got \(16, 16\)"):
+        distance(small, small)
