@@ -31,7 +31,7 @@ from fewstep.distill.config import load_config
 HERE = Path(__file__).parent
 CONFIGS = [
     *("lcm/emoji", "dmd2/emoji", "dmd2/emoji-gan", "sid/emoji", "sid_fewstep/emoji", "sid_fewstep/emoji-gan"),
-    *("sim/emoji", "swiftbrush/emoji", "tdm/emoji", "uni_instruct/emoji"),
+    *("dmd/emoji", "sim/emoji", "swiftbrush/emoji", "tdm/emoji", "uni_instruct/emoji"),
 ]
 SAME = {"dmd2/emoji": "quickstart"}
 """Rows whose config has another name."""
