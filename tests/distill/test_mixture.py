@@ -14,13 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.distill.distiller import Batch, Pairs
 from fewstep.distill.methods.distribution_matching import DistributionMatching
 from fewstep.distill.networks import Networks
+from fewstep.distill.pairs import teacher_plan
 from fewstep.distill.run import methods_distiller
 from fewstep.samplers.noise import Flow
-from fewstep.samplers.plan import sample
+from fewstep.samplers.plan import generators, sample
+from fewstep.samplers.rules import randn
 from tests.closed_form_mixture import MixtureTeacher, ring
 from tests.distill.runs import config, trainer
+from tests.distill.test_regression import stored
 
 STD = 0.25
 MEANS = ring(8, 1.0)  # neighbours are 3 deviations apart
@@ -31,6 +35,8 @@ N = 300
 # a first step grows along one direction before the other; it arrives too, in three times as many iterations
 LEVEL = {"start": "level", "init_level": 2.5 / 3.5}
 SETTINGS: dict[str, dict[str, Any]] = {
+    # from pure noise: the pairs say which way a point goes
+    "dmd": {"regression_metric": "squared", "pair_steps": 16, "huber_c": 0.1},
     "dmd2": {},
     # the phases share the run
     "phased_dmd": {**LEVEL, "steps": [2], "max_train_steps": 400, "fake_score_updates": 2, "learning_rate": 4e-3},
@@ -56,6 +62,14 @@ def made(folder: Path, name: str, **changes: Any) -> tuple[MixtureTeacher, Distr
     method = methods_distiller(config(folder, **(settings | changes)), Networks(teacher, "full"))
     assert isinstance(method, DistributionMatching)
     return teacher, method
+
+
+def pairs(method: DistributionMatching, teacher: MixtureTeacher, n: int = 32) -> Batch:
+    """Noises, and where 16 of the teacher's steps take them."""
+    condition, seeds = teacher.encode([""] * n), range(n)
+    x = sample(teacher, condition, teacher_plan(method.config, teacher), seeds, (2, 32, 32))
+    z = randn((n, 2, 32, 32), generators(seeds))
+    return Batch([""] * n, (2, 32, 32), condition, pairs=Pairs(z, x, condition))
 
 
 def points(method: DistributionMatching, teacher: MixtureTeacher) -> tuple[Tensor, Tensor]:
@@ -109,7 +123,10 @@ def test_a_trained_student_has_the_moments_and_all_modes(name: str, tmp_path: Pa
 
     assert moments(points(method, teacher)[1])[1].max() < 0.55
     data = teacher.draw(32, torch.Generator().manual_seed(5))
-    trainer(method.config, method, data, teacher.encode([""] * 32)).run()
+    training = trainer(method.config, method, data, teacher.encode([""] * 32))
+    if method.config.regression_weight:
+        training.batches.pairs = stored(pairs(method, teacher))
+    training.run()
     last, together = points(method, teacher)
     mean, variances = moments(together)
     assert mean < 0.2

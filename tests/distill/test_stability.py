@@ -17,7 +17,8 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.noise import Flow
 from tests.closed_form_mixture import MixtureTeacher, ring
 from tests.distill.runs import config, metrics, trainer
-from tests.distill.test_mixture import SETTINGS
+from tests.distill.test_mixture import SETTINGS, pairs
+from tests.distill.test_regression import stored
 
 STRESS: dict[str, dict[str, Any]] = {
     "rate": {"learning_rate": 0.1, "fake_score_learning_rate": 0.1},  # ten times what such a network takes
@@ -36,10 +37,15 @@ def stressed(folder: Path, name: str, **changes: Any) -> Trainer:
     }
     if name == "uni_instruct":
         settings |= {"gan_warmup_steps": 3}
+    if name == "dmd":
+        settings |= {"regression_metric": "pseudo_huber"}
     teacher = MixtureTeacher(Flow(), ring(8, 1.0), 0.25, side=4, boundary=0.501 if name == "phased_dmd" else None)
     made: Any = methods_distiller(config(folder, **(settings | changes)), Networks(teacher, "full"))
     data = teacher.draw(8, torch.Generator().manual_seed(0))
-    return trainer(made.config, made, data, teacher.encode([str(i / 8) for i in range(8)]))
+    training = trainer(made.config, made, data, teacher.encode([str(i / 8) for i in range(8)]))
+    if made.config.regression_weight:
+        training.batches.pairs = stored(pairs(made, teacher, 8))
+    return training
 
 
 def stopped(training: Trainer) -> str:
