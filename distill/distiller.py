@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -82,6 +82,11 @@ class Batch:
     def size(self) -> int:
         """Number of rows."""
         return len(self.prompts)
+
+    @property
+    def of_images(self) -> Condition | None:
+        """`condition` told the sizes of these images: for what a network learns from `x0`, never of samples."""
+        return None if self.condition is None else replace(self.condition, sizes=self.size_ids)
 
 
 @dataclass

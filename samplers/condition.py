@@ -17,6 +17,8 @@ class Condition:
         tensors: what the network's forward takes, by the family's own names, each (B, ...); `size` counts the rows.
         negative: the same for the negative prompt, (B, ...) or (1, ...); empty where the family has none.
         guidance: guidance scale as a network input, (B,), for students and backbones that take it (1 = none).
+        sizes: of the images, (B, 6), for SDXL: original height and width, top and left of the crop, height and width of the
+            sample, in pixels; None: the sample's own size, uncropped. With the negative prompt they are the same.
         size: number of rows B.
     """
 
@@ -24,11 +26,12 @@ class Condition:
     size: int
     negative: dict[str, Tensor] = field(default_factory=dict)
     guidance: Tensor | None = None
+    sizes: Tensor | None = None
 
     def _map(self, f: Callable[[Tensor], Tensor], size: int) -> Condition:
         negative = {k: v if len(v) == 1 and self.size != 1 else f(v) for k, v in self.negative.items()}
-        guidance = None if self.guidance is None else f(self.guidance)
-        return Condition({k: f(v) for k, v in self.tensors.items()}, size, negative, guidance)
+        guidance, sizes = (None if v is None else f(v) for v in (self.guidance, self.sizes))
+        return Condition({k: f(v) for k, v in self.tensors.items()}, size, negative, guidance, sizes)
 
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Condition:
         """Some rows; a shared negative (1, ...) stays."""
@@ -64,7 +67,8 @@ def concatenate(parts: Sequence[Condition]) -> Condition:
         k: torch.cat([p.negative[k].expand(p.size, *p.negative[k].shape[1:]) for p in parts]) for k in parts[0].negative
     }
     guidance = None if parts[0].guidance is None else torch.cat([p.guidance for p in parts if p.guidance is not None])
-    return Condition(tensors, size, negative, guidance)
+    sizes = None if parts[0].sizes is None else torch.cat([p.sizes for p in parts if p.sizes is not None])
+    return Condition(tensors, size, negative, guidance, sizes)
 
 
 def dropped(condition: Condition, keep: Tensor) -> Condition:

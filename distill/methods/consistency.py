@@ -67,12 +67,13 @@ class Consistency(Distiller):
 
     def loss(self, role: str, batch: Batch, draws: Draws, iteration: int) -> Iterator[Losses]:
         assert batch.x0 is not None
-        assert batch.condition is not None
+        condition = batch.of_images
+        assert condition is not None
         t, s = draws.t, draws.s
-        told = batch.condition.with_guidance(draws.scale) if self.embedded else batch.condition
+        told = condition.with_guidance(draws.scale) if self.embedded else condition
         x_t = self.noise.add(batch.x0, draws.eps, t)
         with torch.no_grad():
-            x0 = self.teacher.denoiser.guided_x0(x_t, t, batch.condition, draws.scale)
+            x0 = self.teacher.denoiser.guided_x0(x_t, t, condition, draws.scale)
             x_s, _ = rules.ode(x_t, x0, t, s, self.noise)
             f_s = self.target.denoiser.x0(x_s, s, told)
             f_s = torch.where(expand(s == 0, x_s), x_s, f_s)  # f(x, 0) = x

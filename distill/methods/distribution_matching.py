@@ -183,7 +183,10 @@ class DistributionMatching(Distiller):
     def discrimination(
         self, discriminator: adversarial.Discriminator, batch: Batch, draws: Draws, condition: Condition
     ) -> Losses:
-        """The student's samples against real images, one batched call; its gradient reaches the fake score, too."""
+        """The student's samples against real images, one batched call; its gradient reaches the fake score, too.
+
+        Both are told the same, the sample's size included: an image's own `size_ids` would give it away.
+        """
         assert batch.x0 is not None
         names = ("fake gan", "real gan") if "real gan" in draws.t else ("fake_score", "fake_score")
         t = torch.cat([draws.t[n] for n in names])

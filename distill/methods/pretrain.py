@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +56,13 @@ class Pretrain(Distiller):
     def draw(self, batch: Batch, rng: Rngs, iteration: int, roles: list[str]) -> Draws:
         assert batch.x0 is not None
         keep = (rng.uniform("dropout") >= self.config.prompt_dropout).tolist()
-        if batch.condition is None:
+        condition = batch.of_images
+        if condition is None:
             prompts = [p if k else self.config.negative_prompt for p, k in zip(batch.prompts, keep, strict=True)]
             condition = self.student.denoiser.encode(prompts, self.config.negative_prompt)
+            condition = replace(condition, sizes=batch.size_ids)
         else:
-            condition = dropped(batch.condition, torch.tensor(keep, device=batch.x0.device))
+            condition = dropped(condition, torch.tensor(keep, device=batch.x0.device))
         return Draws(self.noise.shift(self.level(rng)), rng.normal("noise", batch.x0.shape[1:]), condition)
 
     def level(self, rng: Rngs) -> Tensor:

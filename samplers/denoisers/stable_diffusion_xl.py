@@ -16,8 +16,8 @@ from fewstep.samplers.errors import UserError
 class StableDiffusionXL(StableDiffusion):
     """Condition: `encoder_hidden_states` (B, tokens, width), the two encoders' side by side; `text_embeds` (B, width).
 
-    The sizes that the UNet is told are those of the sample: an image neither enlarged nor cropped, as the pipeline says
-    unless told otherwise.
+    The sizes that the UNet is told are the condition's, or else those of the sample: an image neither enlarged nor cropped,
+    as the pipeline says unless told otherwise.
     """
 
     def __init__(self, pipeline: Any, *args: Any, **kwargs: Any):
@@ -44,7 +44,10 @@ class StableDiffusionXL(StableDiffusion):
         return {"encoder_hidden_states": hidden.float(), "text_embeds": pooled.float()}
 
     def added(self, x_t: Tensor, condition: Condition) -> dict[str, Any]:
-        height, width = (n * self.pipeline.vae_scale_factor for n in x_t.shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=x_t.device)
+        sizes = condition.sizes
+        if sizes is None:
+            height, width = (n * self.pipeline.vae_scale_factor for n in x_t.shape[-2:])
+            sizes = torch.tensor([height, width, 0, 0, height, width])
+        sizes = sizes.to(x_t.device, torch.float32)
         pooled = condition.tensors["text_embeds"].to(self.network.dtype)
         return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.expand(len(x_t), 6)}}
