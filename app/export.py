@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fewstep.distill.evaluation import student_folder
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import is_hub_id, load, load_student
+from fewstep.samplers.hub import is_hub_id
+from fewstep.samplers.load import load, load_student
 from fewstep.samplers.manifest import holds_lora, read_manifest
 from fewstep.samplers.student import PEFT, adapter_of, save_peft, save_student
 

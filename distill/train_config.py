@@ -31,7 +31,7 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     output_dir: str = "runs"
     seed: int = 0
 
-    teacher: str = Field(description="pipeline folder, embedded:NAME or hub id")
+    teacher: str = Field(description="pipeline folder, embedded:NAME, hub id or FILE.safetensors@CONFIG")
     revision: str | None = None
     variant: str | None = None
     student: Literal["lora", "full"] = "lora"

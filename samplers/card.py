@@ -12,12 +12,14 @@ from typing import Any
 
 import yaml
 
+from fewstep.samplers import single_file
 from fewstep.samplers.denoisers.base import Denoiser
-from fewstep.samplers.load import resolve
+from fewstep.samplers.load import config_of, index_of, resolve
 from fewstep.samplers.manifest import Manifest
 from fewstep.samplers.stock import StockCall
 
 PROMPTS = ["a red apple on a blue background", "a cat"]
+PIPE = "DiffusionPipeline"
 FPS = 16  # of clips, as Wan's
 
 
@@ -41,16 +43,14 @@ def snippet(
     """
     preparation = call.preparation()
     bound = ["from functools import partial", ""] if any("partial(" in line for line in preparation) else []
-    diffusers = ["DiffusionPipeline", *([type(scheduler).__name__] if weights else [])]
-    lines = [*bound, "import torch", f"from diffusers import {', '.join(diffusers)}", ""]
+    opening, used = ['pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)'], {"diffusers": {PIPE}}
     if weights:
-        base = code(resolve(manifest.base))  # diffusers knows no `embedded:`
-        files = _coded({k: v for k in ("revision", "variant") if (v := getattr(manifest, k))})
-        lines.append("pipe = " + _call("DiffusionPipeline.from_pretrained", base, **files, torch_dtype="torch.float32"))
-        lines += [_call("pipe.load_lora_weights", '"."', **_coded(w)) for w in weights.values()]
-        lines.append(f'pipe.scheduler = {type(scheduler).__name__}.from_pretrained(".", subfolder="scheduler")')
-    else:
-        lines.append('pipe = DiffusionPipeline.from_pretrained(".", torch_dtype=torch.float32)')
+        opening, used = _base(manifest)
+        opening += [_call("pipe.load_lora_weights", '"."', **_coded(w)) for w in weights.values()]
+        opening.append(f'pipe.scheduler = {type(scheduler).__name__}.from_pretrained(".", subfolder="scheduler")')
+        used["diffusers"].add(type(scheduler).__name__)
+    imports = [f"from {library} import {', '.join(sorted(names))}" for library, names in sorted(used.items())]
+    lines = [*bound, "import torch", *imports, "", *opening]
     lines += ['pipe.to("cuda" if torch.cuda.is_available() else "cpu")', ""]
     given = denoiser.call_arguments(denoiser.pipeline, prompts)
     rows, count = _coded(given), str(len(prompts))
@@ -75,6 +75,39 @@ def snippet(
     return "\n".join(lines) + "\n"
 
 
+def _base(manifest: Manifest) -> tuple[list[str], dict[str, set[str]]]:
+    """Lines that load the base of a LoRA as `pipe`, and the names they use, by library."""
+    files = _coded({k: v for k in ("revision", "variant") if (v := getattr(manifest, k))})
+    file = single_file.split(manifest.base)
+    if file is None:
+        base = code(resolve(manifest.base))  # diffusers knows no `embedded:`
+        called = _call(f"{PIPE}.from_pretrained", base, **files, torch_dtype="torch.float32")
+        return [f"pipe = {called}"], {"diffusers": {PIPE}}
+    config, index = code(config_of(manifest.base, manifest.revision)), index_of(manifest.base, manifest.revision)
+    import diffusers
+
+    whole = single_file.reads(getattr(diffusers, manifest.pipeline))
+    absent, path = single_file.missing(file[0], index), code(file[0])
+    lines, used, given = [], {"diffusers": {manifest.pipeline}}, {}
+    for name, cls in single_file.modules(index).items():
+        subfolder = {"subfolder": code(name), "torch_dtype": "torch.float32"}
+        if name in absent:
+            lines.append(f"{name} = {_call(f'{cls.__name__}.from_pretrained', config, **files, **subfolder)}")
+        elif not whole:
+            lines.append(f"{name} = {_call(f'{cls.__name__}.from_single_file', path, config=config, **subfolder)}")
+        else:
+            continue
+        given[name] = name
+        used.setdefault(cls.__module__.partition(".")[0], set()).add(cls.__name__)
+    if whole:
+        called = _call(
+            f"{manifest.pipeline}.from_single_file", path, config=config, **given, torch_dtype="torch.float32"
+        )
+    else:
+        called = _call(f"{manifest.pipeline}.from_pretrained", config, **files, **given)
+    return [*lines, f"pipe = {called}"], used
+
+
 def card(
     denoiser: Denoiser,
     manifest: Manifest,
@@ -85,14 +118,14 @@ def card(
 ) -> str:
     """The README.md of a student, with the hub's front matter; arguments as in `snippet`, `config` the run's YAML."""
     lora, base, steps = manifest.kind == "lora", resolve(manifest.base), sorted(manifest.plans, reverse=True)
-    hub = not Path(base).exists()
+    hub = not (Path(base).exists() or single_file.split(base))
     text = "prompt" in inspect.signature(type(denoiser.pipeline).__call__).parameters
     task = "text-to-image" if text else "unconditional-image-generation"  # the hub has no task of classes
     front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-video" if _clip(denoiser) else task}
     if hub:  # the hub knows no folders
         front |= {"base_model": base, "base_model_relation": "adapter" if lora else "finetune"}
     front["tags"] = ["fewstep", "distillation", manifest.method, *(["lora"] if lora else [])]
-    named = base if hub else manifest.base if manifest.base.startswith("embedded:") else Path(base).name
+    named = manifest.base if manifest.base.startswith("embedded:") else single_file.called(base)
     counts = ", ".join(map(str, steps[:-1])) + f" or {steps[-1]}" if steps[1:] else str(steps[0])
     plural = "" if steps == [1] else "s"
     lines = [

@@ -1,6 +1,6 @@
-"""`load(source)`: a denoiser from a pipeline folder, `embedded:NAME`, a hub id, a run or a student's folder.
+"""`load(source)`: a denoiser from a pipeline folder, `embedded:NAME`, a hub id, a run, a student's folder or a single file.
 
-`BASE+LORA` is a pipeline with a LoRA of any format that diffusers reads, its own or kohya's, added into the weights: a file, a
+`FILE.safetensors@CONFIG` is a checkpoint in its original keys, see `single_file.py`. `BASE+LORA` is a pipeline with a LoRA of any format that diffusers reads, its own or kohya's, added into the weights: a file, a
 folder, a hub id, or a file of one (ORG/NAME/FILE.safetensors).
 """
 
@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fewstep.samplers import single_file
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
+from fewstep.samplers.hub import index_from_hub, is_hub_id
 from fewstep.samplers.manifest import (
     MANIFEST,
     Manifest,
@@ -51,12 +53,13 @@ def family(class_name: str) -> type[Denoiser]:
 
 
 def parts(source: str | Path) -> tuple[str, list[str]]:
-    """The pipeline and the LoRAs of `BASE+LORA`; a path that is there may hold a plus."""
+    """The pipeline and the LoRAs of `BASE+LORA`; a path that is there, and the FILE of FILE@CONFIG, may hold a plus."""
     text = str(source)
     if "+" not in text or Path(text).exists():
         return text, []
-    base, *loras = text.split("+")
-    return base, loras
+    file, at, rest = text.rpartition(f"{single_file.SUFFIX}@")
+    base, *loras = rest.split("+")
+    return file + at + base, loras
 
 
 def resolve(source: str | Path) -> str:
@@ -97,13 +100,15 @@ def class_of(source: str | Path, revision: str | None = None) -> str:
 
 def index_of(source: str | Path, revision: str | None = None) -> dict[str, Any]:
     """`model_index.json` of a pipeline: the class, and [library, class] of each component; UserError as for `class_of`."""
+    if single_file.split(source) is not None:
+        return index_of(config_of(source, revision), revision)
     path = Path(resolve(source))
     if path.is_dir():
         index = path / "model_index.json"
         if not index.is_file():
             raise UserError(f"{source}: no model_index.json there; it must be a diffusers pipeline folder")
     elif is_hub_id(str(source)):
-        index = Path(_from_hub(str(source), revision))
+        index = Path(index_from_hub(str(source), revision))
     else:
         raise UserError(f"{source}: no such folder, and not a hub id of the form ORG/NAME")
     try:
@@ -114,26 +119,21 @@ def index_of(source: str | Path, revision: str | None = None) -> dict[str, Any]:
         raise UserError(f"{index}: not a pipeline's index ({error})") from error
 
 
-def is_hub_id(source: str) -> bool:
-    """Whether a source has the form ORG/NAME."""
-    parts = source.split("/")
-    return len(parts) == 2 and all(parts) and not source.startswith((".", "~"))
-
-
-def _from_hub(source: str, revision: str | None) -> str:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
+def config_of(source: str | Path, revision: str | None = None) -> str:
+    """The pipeline folder or hub id that has the configs of a source: of a single file CONFIG, or what diffusers finds it to be."""
+    file = single_file.split(source)
+    if file is None:
+        return resolve(source)
+    path, config = file
+    single_file.shapes(path)  # refuses what is no checkpoint
+    if config is not None:
+        return resolve(config)
+    config = single_file.published(path)
     try:
-        return hf_hub_download(source, "model_index.json", revision=revision)
-    except GatedRepoError as error:
-        raise UserError(f"{source}: gated; accept its licence on its page and log in (`hf auth login`)") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"{source}: no such folder, and no such repository on the hub (or it is private)") from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(f"{source}: no such folder, not in the hub cache, and the hub cannot be reached") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"{source}: the hub answered: {str(error).splitlines()[0]}") from error
+        index_of(config, revision)
+    except UserError as error:
+        raise UserError(f"{path}: configs: {error}; {path}@FOLDER takes them from a pipeline folder") from error
+    return config
 
 
 def load_pipeline(
@@ -152,10 +152,18 @@ def load_pipeline(
     extra: dict[str, Any] = dict(components)
     if name == "StableDiffusionPipeline":
         extra |= {"safety_checker": None, "requires_safety_checker": False}
+    cls, file = getattr(diffusers, name), single_file.split(base)
     with _one_line(f"{base}: cannot be loaded as {name}"):
-        pipeline = getattr(diffusers, name).from_pretrained(
-            resolve(base), revision=revision, variant=variant, use_safetensors=True, **extra
-        )
+        if file is None:
+            pipeline = cls.from_pretrained(
+                resolve(base), revision=revision, variant=variant, use_safetensors=True, **extra
+            )
+        else:
+            config = config_of(base, revision)
+            index = index_of(config, revision)
+            with _quiet():  # diffusers warns of what it casts
+                extra |= {"revision": revision, "variant": variant}
+                pipeline = single_file.load_single_file(cls, file[0], config, index, **extra)
     pipeline.set_progress_bar_config(disable=True)
     for lora in loras:
         _add(pipeline, lora)
@@ -199,6 +207,8 @@ def _one_line(said: str) -> Iterator[None]:
     """Within the block any error, as diffusers, transformers, peft, safetensors and the hub each have their own, is one line."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         kind = type(error).__name__

@@ -27,7 +27,9 @@ class Manifest(BaseModel, extra="forbid"):
     """`fewstep.json`."""
 
     format: Literal[1] = 1
-    base: str = Field(description="the teacher it was made from: folder, embedded:NAME or hub id")
+    base: str = Field(
+        description="the teacher it was made from: folder, embedded:NAME, hub id or FILE.safetensors@CONFIG"
+    )
     revision: str | None = Field(None, description="of the base, with `variant`")
     variant: str | None = None
     pipeline: str = Field(description="class of the diffusers pipeline")

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fewstep.samplers import single_file
 from fewstep.samplers.adapters import Adapted
 from fewstep.samplers.card import card
 from fewstep.samplers.denoisers.base import Denoiser
@@ -52,8 +53,7 @@ def save_student(folder: Path, student: Denoiser, manifest: Manifest, config: st
     fixed = "height" not in inspect.signature(type(student.pipeline).__call__).parameters
     if fixed and student.latent_shape(manifest.height, manifest.width) != student.latent_shape():
         raise UserError(f"height, width: {manifest.pipeline} samples at its own size alone, {student.pixels()}")
-    if Path(manifest.base).is_dir():
-        manifest = manifest.model_copy(update={"base": str(Path(manifest.base).resolve())})
+    manifest = manifest.model_copy(update={"base": single_file.absolute(manifest.base)})
     record = folder.parent / "config.yaml"
     if config is None and folder.name == "student" and record.is_file():
         config = record.read_text()

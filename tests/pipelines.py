@@ -67,15 +67,15 @@ def t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
-def clip_text(tokenizer: Any, projection: bool = False) -> Any:
-    """A CLIP text encoder of width 16 for a tokenizer."""
+def clip_text(tokenizer: Any, projection: bool = False, width: int = 16) -> Any:
+    """A CLIP text encoder for a tokenizer."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        **{"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+        **{"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
         max_position_embeddings=tokenizer.model_max_length,
         vocab_size=len(tokenizer),
-        projection_dim=16,
+        projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -8,8 +8,8 @@ from tests.pipelines import CHARACTERS, clip_text, clip_tokenizer, image_vae, se
 
 
 @seeded
-def tiny_stable_diffusion_xl(prediction_type: str = "epsilon", force_zeros: bool = True) -> Any:
-    """`StableDiffusionXLPipeline`, 16x16 images, latents (4, 8, 8)."""
+def tiny_stable_diffusion_xl(prediction_type: str = "epsilon", force_zeros: bool = True, width: int = 16) -> Any:
+    """`StableDiffusionXLPipeline`, 16x16 images, latents (4, 8, 8); `width` is that of the second encoder."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     tokenizer = clip_tokenizer()
@@ -23,15 +23,15 @@ def tiny_stable_diffusion_xl(prediction_type: str = "epsilon", force_zeros: bool
         attention_head_dim=(1, 2),
         transformer_layers_per_block=(1, 2),
         use_linear_projection=True,
-        cross_attention_dim=32,
+        cross_attention_dim=16 + width,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=16 + 6 * 8,
+        projection_class_embeddings_input_dim=width + 6 * 8,
     )
     return StableDiffusionXLPipeline(
         vae=image_vae(),
         text_encoder=clip_text(tokenizer),
-        text_encoder_2=clip_text(tokenizer, projection=True),
+        text_encoder_2=clip_text(tokenizer, projection=True, width=width),
         tokenizer=tokenizer,
         tokenizer_2=clip_tokenizer(),
         unet=unet,

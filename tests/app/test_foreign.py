@@ -1,4 +1,4 @@
-"""A LoRA of any origin on the command line: with its scheduler and its timesteps, beside the pipeline that it is of."""
+"""What others published, on the command line: a LoRA with its scheduler and timesteps, a checkpoint in one file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fewstep.app.sources import check, load_source
 from fewstep.distill.evaluation import Teacher
 from tests.app.conftest import Answer
+from tests.pipelines import tiny_stable_diffusion
+from tests.samplers.original import publish
 
 Command = Callable[..., Answer]
 
@@ -56,3 +59,42 @@ def test_evaluate_puts_it_beside_its_teacher(fewstep: Command, teacher: Path, so
     ]
     answer = fewstep("evaluate", source, *own, "--steps", "1,2", "--prompts", prompts, "--out", out)
     assert (answer.code, answer.err) == (2, "--timesteps: 2 of them for --steps 1,2\n")
+
+
+def test_a_single_file_teaches_and_is_sampled_evaluated_and_shown(
+    fewstep: Command, config: Path, teacher: Path, tmp_path: Path
+):
+    """As its folder is, whose weights it has: the same pixels."""
+    file = publish(tiny_stable_diffusion(), tmp_path)
+    small = (
+        "max_train_steps=1",
+        "report_num=null",
+        f"output_dir={tmp_path}",
+        "validation_prompts=[a cat]",
+        "steps=[2]",
+    )
+    assert "GiB" in fewstep("train", config, f"teacher={file}", *small, "--plan").out
+    answer = fewstep("train", config, f"teacher={file}", *small)
+    assert answer.code == 0, answer.err
+    run = tmp_path / "tiny"
+    pictures = {}
+    for name in (str(run), file, str(teacher)):
+        out = tmp_path / f"{len(pictures)}.png"
+        answer = fewstep("sample", name, "-p", "a cat", "-n", 1, "--steps", 2, "--out", out)
+        assert answer.code == 0, answer.err
+        pictures[name] = Image.open(out).tobytes()
+    assert pictures[file] == pictures[str(teacher)]
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "report.json"
+    prompts.write_text("a cat\na dog")
+    shared = ("--steps", 2, "--teacher-steps", 3, "-n", 4, "--prompts", prompts, "--out", out)
+    answer = fewstep("evaluate", file, *shared)
+    assert answer.code == 0, answer.err
+    assert [r["source"] for r in json.loads(out.read_text())["rows"]] == [file, file]
+    check([str(run), file])
+    assert load_source(str(run)).teacher.source == file
+    assert load_source(file).student is None
+    answer = fewstep("sample", tmp_path / "x.ckpt", "-p", "a cat", "--out", tmp_path / "x.png")
+    assert (answer.code, answer.err) == (
+        2,
+        f"{tmp_path / 'x.ckpt'}: a pickle, which can run any code when it is read; save its weights as .safetensors\n",
+    )

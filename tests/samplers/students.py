@@ -27,6 +27,7 @@ from tests.pipelines import (
     tiny_wan,
 )
 from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
+from tests.samplers.original import publish
 
 CLIP = {"height": 64, "width": 64, "num_frames": 5}
 SIZES = {tiny_wan: CLIP, tiny_flux: {"height": 16, "width": 32}, tiny_sana: {"height": 32, "width": 64}}
@@ -55,7 +56,7 @@ def two_scales(_: int) -> SamplingPlan:
 
 @dataclass(frozen=True)
 class Case:
-    """A student to save: its teacher, kind, and plans by number of steps."""
+    """A student to save: its teacher, from a folder or a single file, its kind, and plans by number of steps."""
 
     build: Callable[..., Any]
     kind: str
@@ -63,17 +64,24 @@ class Case:
     steps: tuple[int, ...]
     options: dict[str, Any]
     size: dict[str, int]
+    file: bool
 
 
 def case(
-    build: Callable[..., Any], kind: str, plan: Callable[[int], SamplingPlan], *steps: int, **options: Any
+    build: Callable[..., Any],
+    kind: str,
+    plan: Callable[[int], SamplingPlan],
+    *steps: int,
+    file: bool = False,
+    **options: Any,
 ) -> Case:
-    return Case(build, kind, plan, steps, options, SIZES.get(build, {}))
+    return Case(build, kind, plan, steps, options, SIZES.get(build, {}), file)
 
 
 V = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
 CASES = {
     "sd-lora": case(tiny_stable_diffusion, "lora", lcm, 1, 2, 4),
+    "sd-file-lora": case(tiny_stable_diffusion, "lora", lcm, 2, file=True),
     "sd-full-guidance-input": case(tiny_stable_diffusion, "full", lambda k: lcm(k, 5.0), 1, 2, guidance_input=True),
     "sd-full-odd-levels": case(tiny_stable_diffusion, "full", lambda k: uniform_plan(k, 2.0), 1, 3),
     "sd-v-lora": case(tiny_stable_diffusion, "lora", renoising, 1, 2, 4, **V),
@@ -89,6 +97,7 @@ CASES = {
     "sana-lora": case(tiny_sana, "lora", renoising, 1, 4),
     "sana-full": case(tiny_sana, "full", lambda k: uniform_plan(k, 3.0), 1, 4),
     "wan-lora": case(tiny_wan, "lora", lambda k: uniform_plan(k, 2.0), 1, 4),
+    "wan-file-lora": case(tiny_wan, "lora", renoising, 2, file=True),
     "wan-full": case(tiny_wan, "full", renoising, 1, 2),
     "wan2-lora": case(tiny_wan, "lora", two_scales, 3, two_transformers=True),
     "wan2-full": case(tiny_wan, "full", uniform_plan, 4, two_transformers=True),
@@ -110,7 +119,7 @@ class Saved:
     """A student's folder, its base's beside it, and what was in memory when it was saved."""
 
     folder: Path
-    base: Path
+    base: Path | str
     teacher: Denoiser
     student: Denoiser
     manifest: Manifest
@@ -128,12 +137,14 @@ def trained(teacher: Denoiser, kind: str) -> tuple[Denoiser, Denoiser]:
     return networks.teacher().denoiser, roles[0].denoiser
 
 
-def saved(folder: Path, name: str = "sd-lora", base: Path | None = None) -> Saved:
+def saved(folder: Path, name: str = "sd-lora", base: Path | str | None = None) -> Saved:
     """A case's student in `folder`/student; its base is made in `folder`/base unless given."""
     c = CASES[name]
     if base is None:
         base = folder / "base"
-        c.build(base, **c.options)
+        pipeline = c.build(base, **c.options)
+        if c.file:
+            base = publish(pipeline, folder)
     loaded = load(base)
     plans = {k: c.plan(k) for k in c.steps}
     manifest = Manifest(

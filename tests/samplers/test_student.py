@@ -52,7 +52,7 @@ def test_peft_reads_the_lora_that_the_pipeline_cannot(students: dict[str, Saved]
     from peft import PeftModel
 
     s = students["ddpm-lora"]
-    unet = PeftModel.from_pretrained(UNet2DModel.from_pretrained(s.base / "unet"), s.folder / "peft")
+    unet = PeftModel.from_pretrained(UNet2DModel.from_pretrained(Path(s.base) / "unet"), s.folder / "peft")
     x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([999, 10])
     with torch.no_grad():
         expected = load(s.folder).network(x, t).sample
@@ -63,7 +63,7 @@ def test_saving_leaves_the_pipeline_in_memory_as_it_was(students: dict[str, Save
     """A full student and its scheduler stand in the pipeline only while it is written."""
     pipeline = students["sd-v-full"].teacher.pipeline
     assert pipeline.unet is students["sd-v-full"].teacher.network
-    before = json.loads((students["sd-v-full"].base / "scheduler" / "scheduler_config.json").read_text())
+    before = json.loads((Path(students["sd-v-full"].base) / "scheduler" / "scheduler_config.json").read_text())
     assert pipeline.scheduler.config.set_alpha_to_one == before["set_alpha_to_one"]
 
 
