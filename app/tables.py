@@ -16,21 +16,21 @@ from fewstep.samplers.noise import Flow
 
 
 class Outline:
-    """In place of a teacher: what `Networks` asks of one, around a network of one weight."""
+    """In place of a teacher: what methods ask of one, around two networks of one weight, as those of phases have."""
 
     lora_targets = ()
     takes_guidance = False
 
     def __init__(self) -> None:
-        self.networks = {"network": torch.nn.Linear(1, 1)}
+        self.networks = {"high": torch.nn.Linear(1, 1), "low": torch.nn.Linear(1, 1)}
         self.noise = Flow()
 
     def latent_shape(self, *_: Any) -> tuple[int, ...]:
         """Of one sample; nothing is made of it."""
         return (1,)
 
-    def route(self, time: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As of two networks, of which methods with phases train both."""
+    def sides(self, time: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Half the levels each."""
         high = time >= 500
         return {name: rows for name, rows in (("high", high.nonzero()), ("low", (~high).nonzero())) if len(rows)}
 
@@ -65,15 +65,17 @@ def backbones() -> list[list[str]]:
         about = (importlib.import_module(cls.__module__).__doc__ or "").strip().splitlines()[0]
         about = about.partition(": ")[2].rstrip(".") or about
         students = "LoRA, full" if cls.takes_lora else "LoRA*, full"
-        without = [method for method in sorted(METHODS) if why_not(default(method), cls)]
+        refused = [{m for m in METHODS if why_not(default(m, kind), cls)} for kind in ("full", "lora")]
+        without, as_lora = sorted(refused[0] & refused[1]), sorted(refused[0] - refused[1])
         methods = "all" + (f"; not {', '.join(without)}" if without else "")
+        methods += f"; {', '.join(as_lora)} as LoRA alone" if as_lora else ""
         table.append([name, ", ".join(cls.network_names), students, methods, about])
     return table
 
 
-def default(method: str) -> TrainConfig:
+def default(method: str, student: str = "full") -> TrainConfig:
     """A method's config with nothing chosen."""
-    return METHODS[method].model_validate({"method": method, "teacher": "any", "student": "full"})
+    return METHODS[method].model_validate({"method": method, "teacher": "any", "student": student})
 
 
 def remarks() -> list[str]:
@@ -81,7 +83,7 @@ def remarks() -> list[str]:
     missing: dict[str, dict[str, None]] = {}
     for name in sorted(FAMILIES):
         for method in sorted(METHODS):
-            if reason := why_not(default(method), family(name)):
+            if reason := why_not(default(method, "lora"), family(name)):
                 missing.setdefault(reason, {})[method] = None
     lines = ["LoRA*: the pipeline loads none, so that it is saved added into the weights, and by itself for peft"]
     return lines + [f"not {', '.join(methods)}: {reason}" for reason, methods in missing.items()]

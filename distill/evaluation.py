@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.distill.metric_names import BASIC, EMOJI
 from fewstep.distill.prompt_sets import PromptSet
+from fewstep.samplers.adapters import bare
 from fewstep.samplers.baseline import (
     OF_STUDENTS,
     counted,
@@ -161,7 +162,7 @@ def student_sampler(
             condition = denoiser.encode(prompts)
         return denoiser.decode(sample(denoiser, condition, plan, seeds, shape))
 
-    networks = [n for n in denoiser.networks.values() if isinstance(n, nn.Module)]
+    networks = list(dict.fromkeys(m for n in denoiser.networks.values() if isinstance(m := bare(n), nn.Module)))
     return Sampler(source, "student", steps, scale, plan.rule, networks, images)
 
 

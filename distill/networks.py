@@ -58,12 +58,14 @@ class Networks:
         """The frozen teacher: for LoRA the base with every adapter off."""
         return Role(self._seen(None))
 
-    def trained(self, name: str, guidance_input: bool = False) -> Role:
-        """A trainable role that starts as the teacher."""
+    def trained(self, name: str, guidance_input: bool = False, phase_ends: Sequence[float] = ()) -> Role:
+        """A trainable role that starts as the teacher; with `phase_ends` a LoRA of the one network for each phase."""
         if self.kind == "lora":
             if guidance_input and not self.base.takes_guidance:
                 raise UserError("a guidance input would be a new layer of the base: train a full student, not a LoRA")
-            role = self._adapter(name)
+            role = self._adapter(name, phase_ends)
+        elif phase_ends:
+            raise UserError("student: full: phases of one network are LoRAs of it; set student: lora")
         else:
             role = self._copy(guidance_input)
         self._roles[name] = role
@@ -79,7 +81,10 @@ class Networks:
         """A moving average of a trained role; the trainer updates it after that role's step."""
         source = self._roles[of]
         name = f"{of}_average"
-        role = self._adapter(name) if self.kind == "lora" else self._copy(source.denoiser.takes_guidance)
+        if self.kind == "lora":
+            role = self._adapter(name, source.denoiser.phase_ends)
+        else:
+            role = self._copy(source.denoiser.takes_guidance)
         with torch.no_grad():
             for key, parameter in role.parameters.items():
                 parameter.copy_(source.parameters[key])
@@ -92,7 +97,21 @@ class Networks:
             return self.base
         return self.base.with_networks({n: Adapted(bare(m), adapter) for n, m in self.base.networks.items()})
 
-    def _adapter(self, name: str) -> Role:
+    def _adapter(self, name: str, phase_ends: Sequence[float] = ()) -> Role:
+        if not phase_ends:
+            return Role(self._seen(name), self._added(name), adapter=name)
+        names = [f"{name}_phase_{i + 1}" for i in range(len(phase_ends) + 1)]
+        views = [self._seen(adapter).network for adapter in names]
+        seen = self.base.phased(views, phase_ends)
+        parameters = {
+            f"{phase}.{key.partition('.')[2]}": p
+            for phase, adapter in zip(seen.networks, names, strict=True)
+            for key, p in self._added(adapter).items()
+        }
+        return Role(seen, parameters, adapter=names[0])
+
+    def _added(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of a new adapter of every network."""
         from peft import LoraConfig
 
         config = LoraConfig(r=self.rank, lora_alpha=cast(int, self.alpha), target_modules=self.targets)
@@ -108,7 +127,7 @@ class Networks:
                     parameter.data = parameter.data.float()
                     parameters[f"{network_name}.{key.replace(f'.{name}.', '.')}"] = parameter
             adapters_added(module)
-        return Role(self._seen(name), parameters, adapter=name)
+        return parameters
 
     def _copy(self, guidance_input: bool) -> Role:
         denoiser = self.base.with_guidance_input() if guidance_input and not self.base.takes_guidance else self.base

@@ -49,6 +49,11 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
         description="the student's inputs: its own rollout, real latents noised, or its own ODE steps, each compared "
         "where it ends",
     )
+    phases: int = Field(
+        2,
+        ge=2,
+        description="policy phases, of a teacher with one network: how many, with a LoRA and an even share of steps",
+    )
     phase_order: Literal["sequential", "alternating"] = Field(
         "sequential", description="policy phases: one after the other, an equal share of the run each, or in turns"
     )
@@ -276,7 +281,7 @@ class TDMConfig(DistributionMatchingConfig, frozen=True):
 
 
 class PhasedDMDConfig(DistributionMatchingConfig, frozen=True):
-    """DMD in subintervals of the noise levels, a network of the teacher for each (arXiv:2510.27684)."""
+    """DMD in subintervals of the noise levels, a network of the teacher or a LoRA for each (arXiv:2510.27684)."""
 
     method: Literal["phased_dmd"]
     policy: Policy = "phases"

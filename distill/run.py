@@ -24,7 +24,8 @@ from fewstep.distill.presets import DistributionMatchingConfig
 from fewstep.distill.record import Record, check_tracker, pixels_shape
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
-from fewstep.samplers.load import class_of, family, load, parts
+from fewstep.samplers.load import class_of, family, load, parts, resolve
+from fewstep.samplers.manifest import holds_lora
 from fewstep.samplers.stock import stock
 from fewstep.samplers.student import Manifest, fingerprint, save_student
 
@@ -40,6 +41,10 @@ def refuse(config: TrainConfig) -> None:
         raise ConfigError(
             "config: teacher: a pipeline with a LoRA; save it whole first (fuse_lora and save_pretrained of diffusers), "
             "since the student's card loads one pipeline"
+        )
+    if getattr(config, "policy", None) == "phases" and holds_lora(resolve(config.teacher)):
+        raise ConfigError(
+            "config: teacher: a LoRA student, on which phases, LoRAs too, cannot be loaded; export it fused"
         )
     if config.aspect_ratio_buckets and not config.has_images:
         raise ConfigError("config: aspect_ratio_buckets: sorts images; give train_data or dataset_name")
@@ -124,8 +129,6 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     else:
         efficiency.cast_base(config, teacher)
     sharded = config.sharding_strategy == "full_shard"
-    if sharded:
-        sharding.refuse_two(teacher)
     shape = pixels_shape(config, teacher)
     teacher = teacher.at(shape)
     teacher.to(accelerator.device)
@@ -162,6 +165,7 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         teacher.rest("cpu", keep=("text_encoder",) if keep_encoder else ())
     if sharded:
         teacher.to("cpu")  # roles are made in main memory, and go to the device block by block
+        sharding.together(teacher, accelerator.device)
     networks = networks_of(config, teacher)
     method = methods_distiller(config, networks)
     report.check(config, method.step_counts, teacher)

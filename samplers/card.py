@@ -38,7 +38,7 @@ def snippet(
         manifest: the student's.
         scheduler: from `stock`, with `call`, that of one number of steps.
         call: see `scheduler`.
-        weights: arguments of `load_lora_weights` for each network; none where the folder is a whole pipeline.
+        weights: arguments of `load_lora_weights` for each network or phase; none where the folder is a whole pipeline.
         prompts: to show; ignored by unconditional pipelines.
     """
     preparation = call.preparation()
@@ -66,6 +66,7 @@ def snippet(
     takes = inspect.signature(type(denoiser.pipeline).__call__).parameters
     sizes = {k: getattr(manifest, k) for k in ("height", "width", "num_frames") if k in takes}
     rows |= _coded({k: v for k, v in sizes.items() if v is not None})
+    rows |= {"callback_on_step_end": "switch"} if call.adapters else {}
     called = partial(_call, "pipe", **rows, **_coded(call.arguments), generator="generators")
     if _clip(denoiser):
         lines.append(f"clip, *_ = {called(output_type=code('pil'))}.frames")
@@ -132,7 +133,7 @@ def card(
         *("---", yaml.safe_dump(front, sort_keys=False).rstrip(), "---", ""),
         *(f"# {named} in {counts} step{plural}", ""),
         f"A student of `{named}` ({manifest.pipeline}) that samples in {counts} step{plural}: "
-        f"{'a LoRA' if lora else 'full weights'}, made by fewstep with the method `{manifest.method}`.",
+        f"{_kind(manifest)}, made by fewstep with the method `{manifest.method}`.",
         *("", "| steps | levels | rule | guidance scale | NFE |", "|---|---|---|---|---|"),
     ]
     for k in steps:
@@ -172,6 +173,12 @@ def card(
         f"These weights derive from `{named}`: its licence holds for them, and for what they make.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _kind(manifest: Manifest) -> str:
+    if manifest.kind == "full":
+        return "full weights"
+    return "a LoRA for each phase of its steps" if manifest.phase_ends else "a LoRA"
 
 
 def code(value: Any) -> str:

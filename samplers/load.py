@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.samplers import single_file
+from fewstep.samplers.adapters import Adapted
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.hub import index_from_hub, is_hub_id
@@ -224,7 +225,12 @@ def load(source: str | Path, revision: str | None = None, variant: str | None = 
         return denoiser_of(load_pipeline(source, revision, variant, **components))
     if read_manifest(Path(resolve(source))).parts is not None:
         raise UserError(f"{source}: several students, no one network; each is in a folder of its own, student_0 and on")
-    return load_student(source, variant=variant, fuse=True, **components)[0]
+    denoiser, manifest = load_student(source, variant=variant, fuse=True, **components)
+    if manifest.phase_ends:
+        raise UserError(
+            f"{source}: a student with a LoRA for each phase, which cannot be added into one set of weights"
+        )
+    return denoiser
 
 
 def load_student(
@@ -240,7 +246,7 @@ def load_student(
         source: a run, or a student's folder.
         base: where the base of a LoRA is, if not where the manifest says: a folder, `embedded:NAME` or a hub id.
         variant: of the base's files; default: the manifest's.
-        fuse: add a LoRA into the weights, where each call is faster by its products; else it stays an adapter.
+        fuse: add a LoRA into the weights, where each call is faster by its products; else, and of phases, it stays an adapter.
         components: further arguments of the pipeline's `from_pretrained`.
 
     Raises:
@@ -255,7 +261,7 @@ def load_student(
         return load_several(folder, manifest, base=base, variant=variant, fuse=fuse, **components), manifest
     if holds_lora(folder):
         denoiser = _on_base(folder, manifest, base, variant, **components)
-        if fuse:
+        if fuse and not manifest.phase_ends:
             _fuse(denoiser.pipeline, list(denoiser.networks))
     else:
         denoiser = denoiser_of(load_pipeline(folder, **components))
@@ -275,6 +281,9 @@ def _on_base(
         fingerprint(teacher), manifest.fingerprint
     ):
         raise UserError(f"{folder}: a LoRA of another base; {where} does not hold the weights that it was made from")
+    network, ends = teacher.network, manifest.phase_ends
+    if ends:
+        teacher = teacher.phased([network] * (len(ends) + 1), ends)
     for arguments in weight_files(teacher).values():
         path = folder / arguments["weight_name"]
         # diffusers warns that the text encoder gets no LoRA
@@ -283,7 +292,8 @@ def _on_base(
             teacher.pipeline.load_lora_weights(folder, use_safetensors=True, **arguments)
     if not all(getattr(network, "peft_config", None) for network in teacher.networks.values()):
         raise UserError(f"{folder}: its LoRA files name no layer of {manifest.pipeline}")
-    return denoiser_of(teacher.pipeline)
+    student = denoiser_of(teacher.pipeline)
+    return student.phased([Adapted(network, name) for name in teacher.networks], ends) if ends else student
 
 
 @contextmanager

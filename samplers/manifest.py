@@ -44,6 +44,11 @@ class Manifest(BaseModel, extra="forbid"):
     part: int | None = Field(default=None, description="of one of them: which")
     router: str | None = Field(default=None, description="hash of the router that they were trained with")
 
+    @property
+    def phase_ends(self) -> tuple[float, ...]:
+        """Levels where the next of its LoRAs takes over; none where there is one."""
+        return next(iter(self.plans.values())).phase_ends
+
     def plan(self, steps: int) -> SamplingPlan:
         """The plan of a step count; UserError for one that the student does not declare."""
         if steps not in self.plans:
@@ -106,7 +111,9 @@ def base_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def weight_files(denoiser: Denoiser) -> dict[str, dict[str, Any]]:
-    """Keyword arguments of `pipe.load_lora_weights` for each network, one file each."""
+    """Keyword arguments of `pipe.load_lora_weights` for each network or phase of it, one file each."""
+    if denoiser.phase_ends:
+        return {n: {"weight_name": WEIGHTS.replace(".", f"_{n}.", 1), "adapter_name": n} for n in denoiser.networks}
     first = denoiser.network_names[0]
     return {
         name: {"weight_name": WEIGHTS}

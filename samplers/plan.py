@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ class Step(BaseModel, extra="forbid", frozen=True):
     to: float = Field(ge=0, le=1, description="level of the output; 0 = clean")
     told: float | None = Field(None, ge=0, le=1, description="level told to the network, if not that of the input")
     guidance_scale: float = Field(1.0, description="classifier-free guidance; 1 = none")
-    network: int = Field(0, ge=0, description="which member of a multi-student takes this step")
+    network: int = Field(0, ge=0, description="which member of a multi-student, or LoRA of a phase, takes this step")
 
 
 class SamplingPlan(BaseModel, extra="forbid", frozen=True):
@@ -53,6 +54,11 @@ class SamplingPlan(BaseModel, extra="forbid", frozen=True):
     def levels(self) -> tuple[float, ...]:
         """Input level of each step, before the shift."""
         return tuple(s.level for s in self.steps)
+
+    @property
+    def phase_ends(self) -> tuple[float, ...]:
+        """Levels where another member takes over."""
+        return tuple(b.level for a, b in pairwise(self.steps) if a.network != b.network)
 
     @property
     def nfe(self) -> int:
@@ -146,7 +152,7 @@ def sample(
     x = plan.initial_scale * z
     with torch.no_grad():
         for i, step in enumerate(plan.steps):
-            d = denoisers[step.network]
+            d = denoisers[step.network] if members else denoiser  # one of phases knows by the level
             t, s = (d.noise.shift(torch.tensor(v, dtype=torch.float64)) for v in (step.level, step.to))
             told = None if step.told is None else d.noise.shift(torch.tensor(step.told, dtype=torch.float64))
             x0 = d.guided_x0(x, t, condition, step.guidance_scale, told)

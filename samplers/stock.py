@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -41,6 +42,7 @@ class StockCall:
         step: to bind to the scheduler's `step`.
         binds_generators: whether the generators are to be bound to `step` too: the pipeline does not pass them on.
         init_noise_sigma: the scheduler's attribute to set, where the first latent is scaled.
+        adapters: of phases, the name of the LoRA of each step; the pipeline's `callback_on_step_end` changes it.
     """
 
     arguments: dict[str, Any]
@@ -48,6 +50,7 @@ class StockCall:
     step: dict[str, Any] = field(default_factory=dict)
     binds_generators: bool = False
     init_noise_sigma: float | None = None
+    adapters: tuple[str, ...] = ()
 
     def preparation(self) -> list[str]:
         """Lines of Python between loading `pipe` and calling it with the list `generators`; they need `partial`."""
@@ -58,6 +61,21 @@ class StockCall:
         for name, bound in (("set_timesteps", [f"{k}={v!r}" for k, v in self.set_timesteps.items()]), ("step", step)):
             if bound:
                 lines.append(f"pipe.scheduler.{name} = partial(pipe.scheduler.{name}, {', '.join(bound)})")
+        if self.adapters:
+            following = {i: b for i, (a, b) in enumerate(pairwise(self.adapters)) if a != b}
+            names = ", ".join(f'{i}: "{name}"' for i, name in following.items())
+            lines += [
+                f'pipe.set_adapters("{self.adapters[0]}")',
+                f"following = {{{names}}}  # after which step which LoRA takes over",
+                *("", "", "def switch(pipe, step, time, tensors):"),
+                *(
+                    "    if step in following:",
+                    "        pipe.set_adapters(following[step])",
+                    "    return tensors",
+                    "",
+                    "",
+                ),
+            ]
         return lines
 
 
@@ -81,7 +99,9 @@ def stock(denoiser: Denoiser, plans: Mapping[int, SamplingPlan]) -> tuple[Any, d
         for steps, plan in plans.items():
             for call in _calls(denoiser, scheduler, plan):
                 if _agree(scheduler, call, denoiser, plan):
-                    calls[steps] = replace(call, arguments=call.arguments | guidance[steps])
+                    names = list(denoiser.networks)
+                    adapters = tuple(names[s.network] for s in plan.steps) if plan.phase_ends else ()
+                    calls[steps] = replace(call, arguments=call.arguments | guidance[steps], adapters=adapters)
                     break
         if len(calls) == len(plans):
             return scheduler, calls
@@ -110,7 +130,7 @@ def _refuse(steps: int, plan: SamplingPlan, denoiser: Denoiser) -> None:
     why = None
     if any(s.told is not None for s in plan.steps):
         why = "tells the network another time than the level's"
-    elif any(s.network for s in plan.steps):
+    elif plan.phase_ends != denoiser.phase_ends or (plan.phase_ends and "callback_on_step_end" not in _takes(denoiser)):
         why = "changes the student on the way"
     elif plan.rule in ("tcd", "same_noise") and len(plan.steps) > 1:
         why = f"uses rule {plan.rule}"

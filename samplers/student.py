@@ -57,9 +57,12 @@ def save_student(folder: Path, student: Denoiser, manifest: Manifest, config: st
     record = folder.parent / "config.yaml"
     if config is None and folder.name == "student" and record.is_file():
         config = record.read_text()
+    loads = student.takes_lora and not holds_lora(resolve(manifest.base))
+    if student.phase_ends and not loads:
+        raise UserError(f"{folder}: phases are LoRAs of one pipeline; {manifest.base} is none that loads them")
     files: dict[str, dict[str, Any]] = {}
     with replacing(folder) as new:
-        if manifest.kind == "lora" and student.takes_lora and not holds_lora(resolve(manifest.base)):
+        if manifest.kind == "lora" and loads:
             files = weight_files(student)
             for name, arguments in files.items():
                 _save_lora(new, student, name, arguments["weight_name"])

@@ -33,9 +33,12 @@ def distiller(method: str) -> type[Distiller]:
 
 
 def why_not(config: TrainConfig, backbone: type[Denoiser]) -> str | None:
-    """Why a config's method trains no students of a backbone; None where it does, as LoRA and with full weights."""
+    """Why a config's method trains no such students of a backbone; None where it does."""
     if backbone.clips and "images" in distiller(config.method).needs_of(config):
         return "needs clips for this teacher, and train_data has images only"
     if getattr(config, "policy", None) == "phases" and len(backbone.network_names) < 2:
-        return "needs a teacher with a network for each phase, as Wan 2.2 has"
+        if not backbone.takes_lora:
+            return "needs a network for each phase, as Wan 2.2 has, or a pipeline that loads a LoRA for each"
+        if config.student == "full":
+            return "phases of a teacher with one network are LoRAs: set student: lora"
     return None

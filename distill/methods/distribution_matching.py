@@ -44,25 +44,26 @@ class DistributionMatching(Distiller):
     def __init__(self, config: DistributionMatchingConfig, networks: Networks):
         self.config = config
         self.teacher = networks.teacher()
-        self.student = networks.trained("student")
-        self.fake_score = networks.trained("fake_score")
-        self.noise = self.student.denoiser.noise
+        self.noise = self.teacher.denoiser.noise
         self.target = self.teacher.denoiser  # what the student is held to
         # where the scale is an input of the networks, the student is told the teacher's, and so is its fake score
         self.guidance = config.guidance_scale if self.teacher.denoiser.takes_guidance else None
+        at_level = config.start == "level"
+        top = config.init_level or (signal_lost(self.noise) if at_level else 1.0)
+        self.top = even_levels(self.noise, 1, top)[0]  # of a table an entry
+        t = self.noise.shift(torch.tensor(self.top, dtype=torch.float64))
+        self.scale = float(self.noise.sigma(t)) if at_level else start_scale(self.noise)
+        self.phase_ends = policy.phase_ends(networks.base, even_levels(self.noise, config.steps[0], self.top), config)
+        self.student = networks.trained("student", phase_ends=self.phase_ends)
+        self.fake_score = networks.trained("fake_score", phase_ends=self.phase_ends)
+        phased = config.policy == "phases"
+        self.phases = policy.phases(self.student.denoiser, self.plan(config.steps[0])) if phased else [range(0)]
         self.discriminator: adversarial.Discriminator | None = None
         if config.discriminates:
             shape = networks.base.latent_shape(config.height, config.width, config.num_frames)
             self.discriminator = adversarial.discriminator(
                 self.fake_score, config.discriminator, config.feature_blocks or (), config.seed, shape
             )
-        at_level = config.start == "level"
-        top = config.init_level or (signal_lost(self.noise) if at_level else 1.0)
-        self.top = even_levels(self.noise, 1, top)[0]  # of a table an entry
-        t = self.noise.shift(torch.tensor(self.top, dtype=torch.float64))
-        self.scale = float(self.noise.sigma(t)) if at_level else start_scale(self.noise)
-        phased = config.policy == "phases"
-        self.phases = policy.phases(self.student.denoiser, self.plan(config.steps[0])) if phased else [range(0)]
 
     def roles(self) -> dict[str, Role]:
         return {"teacher": self.teacher, "student": self.student, "fake_score": self.fake_score}
@@ -286,7 +287,10 @@ class DistributionMatching(Distiller):
             raise UserError(f"steps {steps}: this student was trained for {counts} steps")
         levels = even_levels(self.noise, steps, self.top)
         rule = "ode" if self.config.policy in Noisy else "consistency"
-        return plan_of_levels(levels, rule=rule, initial_scale=self.scale, embedded_guidance=self.guidance)
+        plan = plan_of_levels(levels, rule=rule, initial_scale=self.scale, embedded_guidance=self.guidance)
+        taken = [sum(step.level <= end for end in self.phase_ends) for step in plan.steps]
+        numbered = (step.model_copy(update={"network": n}) for step, n in zip(plan.steps, taken, strict=True))
+        return plan.model_copy(update={"steps": tuple(numbered)})
 
     def forwards(self) -> dict[str, dict[str, float]]:
         c = self.config

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -168,16 +169,26 @@ def trajectory_draws(
     return Draws(points[roles[0]].x0, points=points)
 
 
+def phase_ends(teacher: Denoiser, levels: Sequence[float], config: DistributionMatchingConfig) -> tuple[float, ...]:
+    """Where the next LoRA takes over, for a teacher of one network: its steps are shared out evenly; of several: none.
+
+    `levels`: of the plan. UserError for a number of steps that the phases do not divide.
+    """
+    if config.policy != "phases" or len(teacher.networks) > 1:
+        return ()
+    each, rest = divmod(len(levels), config.phases)
+    if rest:
+        raise UserError(f"phases: {config.phases} do not divide {len(levels)} steps; choose steps or phases otherwise")
+    return tuple(levels[each::each])
+
+
 def phases(student: Denoiser, plan: SamplingPlan) -> list[range]:
     """Steps of the plan that one of the student's networks takes, for each network; UserError where all are one's."""
     levels = student.noise.shift(torch.tensor(plan.levels, dtype=torch.float64))
-    taken = [next(iter(student.route(student.noise.model_time(t)[None]))) for t in levels]
+    taken = [next(iter(student.sides(student.noise.model_time(t)[None]))) for t in levels]
     edges = [0, *(i for i in range(1, len(taken)) if taken[i] != taken[i - 1]), len(taken)]
     if len(edges) == 2:
-        raise UserError(
-            f"policy phases: all levels of {len(taken)} steps are those of one network; it needs one for each phase, as "
-            "Wan 2.2 has, and phases as LoRAs of one network are not there"
-        )
+        raise UserError(f"policy phases: all levels of {len(taken)} steps are those of one of the teacher's networks")
     return [range(a, b) for a, b in itertools.pairwise(edges)]
 
 

@@ -49,6 +49,12 @@ class Denoiser(ABC):
     router: Router | None = None
     """Of several students: which of `networks` takes a row."""
 
+    phase_ends: tuple[float, ...] = ()
+    """Levels before the shift where the next of the networks takes over, each a LoRA of the one: see `phased`."""
+
+    agreed: Callable[[list[bool]], list[bool]] | None = None
+    """Where processes share each network's weights and must call it together: which of them any process is to call."""
+
     examples: tuple[str, ...] = ()
     """Prompts to show on a card or a page, where not any text will do."""
 
@@ -83,6 +89,17 @@ class Denoiser(ABC):
         """The same denoiser around other modules of the same class."""
         other = copy.copy(self)
         other.networks = networks
+        return other
+
+    def phased(self, networks: Sequence[Any], ends: Sequence[float]) -> Denoiser:
+        """The same denoiser around one network seen with several LoRAs, one for each phase of the levels.
+
+        Args:
+            networks: those of the levels above the first end, from there to the second, and so on.
+            ends: levels before the shift; one on an end is the next phase's.
+        """
+        other = self.with_networks({f"phase_{i + 1}": network for i, network in enumerate(networks)})
+        other.phase_ends = tuple(ends)
         return other
 
     def at(self, latent_shape: tuple[int, ...]) -> Denoiser:
@@ -138,6 +155,18 @@ class Denoiser(ABC):
     def route(self, time: Tensor) -> dict[str, Tensor]:
         """Rows of the batch by the name of the network that takes them at model time (B,) or (B, frames)."""
         return {next(iter(self.networks)): torch.arange(len(time), device=time.device)}
+
+    def sides(self, time: Tensor) -> dict[str, Tensor]:
+        """`route`, or of phases rows by the name of each."""
+        if not self.phase_ends:
+            return self.route(time)
+        if len(self.networks) == 1:  # of a view of one
+            return {next(iter(self.networks)): torch.arange(len(time), device=time.device)}
+        level = self.noise.from_model_time(time if time.ndim == 1 else time.amax(dim=1))
+        ends = self.noise.shift(torch.tensor(self.phase_ends, dtype=level.dtype, device=level.device))
+        number = (level[:, None] <= ends + 1e-6).sum(dim=1)  # model times are rounded
+        sides = {name: (number == i).nonzero()[:, 0] for i, name in enumerate(self.networks)}
+        return {name: rows for name, rows in sides.items() if len(rows)}
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
         """The network's raw prediction at x_t, float32.
@@ -204,14 +233,25 @@ class Denoiser(ABC):
     ) -> list[Tensor]:
         """`run(network, x_t, model time, condition)` on each network's rows; the results in the order of all rows."""
         time = self.noise.model_time(self._rows(t if told is None else told, x_t))
-        sides = self.route(time)
+        sides = self.sides(time)
         if self.router is not None:
             sides = self.router.rows(condition, list(self.networks), x_t.device)
-        if len(sides) == 1:
-            return [_full(part) for part in run(self.networks[next(iter(sides))], x_t, time, condition)]
-        parts = [run(self.networks[name], x_t[i], time[i], condition[i]) for name, i in sides.items()]
+        called = list(sides)
+        if self.agreed is not None and len(self.networks) > 1:
+            any_calls = self.agreed([name in sides for name in self.networks])
+            called = [name for name, needed in zip(self.networks, any_calls, strict=True) if needed]
+        if len(called) == 1:
+            return [_full(part) for part in run(self.networks[called[0]], x_t, time, condition)]
+        parts, idle = [], []
+        for name in called:
+            if name in sides:
+                rows = sides[name]
+                parts.append(run(self.networks[name], x_t[rows], time[rows], condition[rows]))
+            else:  # a row that counts for nothing, but whose graph is differentiated along with the others'
+                idle += run(self.networks[name], x_t[:1], time[:1], condition[:1])
         order = torch.cat(list(sides.values())).argsort()
-        return [_full(torch.cat(side))[order] for side in zip(*parts, strict=True)]
+        joined = [_full(torch.cat(side))[order] for side in zip(*parts, strict=True)]
+        return [part + 0 * sum(other.sum() for other in idle) for part in joined] if idle else joined
 
     @staticmethod
     def _rows(t: Tensor, x: Tensor) -> Tensor:

@@ -32,11 +32,16 @@ def test_backbones(fewstep: Callable[..., Answer]):
     assert table["WanPipeline"]["networks"] == "transformer, transformer_2"
     assert table["WanPipeline"]["methods"].startswith("all; not lcm, ")
     assert "dmd" not in table["WanPipeline"]["methods"]
-    assert {row["methods"] for name, row in table.items() if name != "WanPipeline"} == {"all; not phased_dmd"}
+    others = {name: row["methods"] for name, row in table.items() if name != "WanPipeline"}
+    assert set(others.values()) == {"all; not phased_dmd", "all; phased_dmd as LoRA alone"}
+    assert others["StableDiffusionPipeline"] == "all; phased_dmd as LoRA alone"
     fused = {name for name, row in table.items() if row["students"] == "LoRA*, full"}
     assert fused == {f"{n}Pipeline" for n in ("ConsistencyModel", "DDPM", "DiT", "PixArtAlpha", "PixArtSigma")}
     printed = fewstep("backbones").out
     assert all(name in printed for name in FAMILIES)
     assert all(line in printed for line in remarks())
     assert any("not lcm" in line and "needs clips" in line for line in remarks())
-    assert "not phased_dmd: needs a teacher with a network for each phase, as Wan 2.2 has" in remarks()
+    assert {name for name, row in others.items() if row == "all; not phased_dmd"} == fused
+    assert any(
+        line.startswith("not phased_dmd: needs a network for each phase, as Wan 2.2 has, or") for line in remarks()
+    )

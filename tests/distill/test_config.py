@@ -54,7 +54,9 @@ def test_a_mistake_is_one_line(changes: dict, line: str):
 
 
 def test_a_missing_key_says_what_it_is():
-    assert mistakes({"method": "lcm"}) == ["config: teacher: missing; pipeline folder, embedded:NAME or hub id"]
+    assert mistakes({"method": "lcm"}) == [
+        "config: teacher: missing; pipeline folder, embedded:NAME, hub id or FILE.safetensors@CONFIG"
+    ]
 
 
 def test_all_mistakes_at_once(tmp_path: Path):

@@ -72,7 +72,7 @@ def losses(method: Distiller, rows: Batch) -> dict[str, float]:
     """Of an iteration in which every role steps, before any step."""
     roles = method.updates(0)
     draws = method.draw(rows, Rngs(0, 0, range(2)), 0, roles)
-    return {role: sum(l.total.item() for l in method.loss(role, rows, draws, 0)) for role in roles}
+    return {role: sum(part.total.item() for part in method.loss(role, rows, draws, 0)) for role in roles}
 
 
 @pytest.mark.parametrize("name", ["pretrain", "lcm"])

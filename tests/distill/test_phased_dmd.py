@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,26 @@ import torch
 from torch import Tensor
 
 from fewstep.distill.config import ConfigError
+from fewstep.distill.distiller import Role
 from fewstep.distill.methods import why_not
 from fewstep.distill.methods.distribution_matching import DistributionMatching
 from fewstep.distill.networks import require_grad
 from fewstep.distill.objectives.policy import phase_of, phases
 from fewstep.distill.random import Rngs
+from fewstep.distill.run import networks_of, train
+from fewstep.samplers.adapters import Adapted, bare
+from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.denoisers.dit import DiT
 from fewstep.samplers.denoisers.stable_diffusion import StableDiffusion
+from fewstep.samplers.denoisers.wan import Wan
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import denoiser_of
+from fewstep.samplers.load import denoiser_of, load, load_student
 from fewstep.samplers.noise import NoiseProcess
-from fewstep.samplers.plan import uniform_plan
+from fewstep.samplers.plan import sample, uniform_plan
 from tests.distill.exact import SHIFT, prompts_of
 from tests.distill.gaussian import PROCESSES, Network, Teacher, calls, method, under_training
 from tests.distill.runs import config
-from tests.pipelines import tiny_wan
+from tests.pipelines import PROMPTS, tiny_stable_diffusion, tiny_wan
 
 MEAN, STD = [0.7, -0.4], [0.5, 1.3]
 
@@ -48,6 +55,18 @@ def phased(folder: Path, name: str = "flow", **changes: Any) -> DistributionMatc
     return made
 
 
+def lora_phases(folder: Path, teacher: Denoiser, **changes: Any) -> DistributionMatching:
+    settings = config(folder, **({"method": "phased_dmd", "student": "lora"} | changes))
+    return DistributionMatching(settings, networks_of(settings, teacher))  # type: ignore[arg-type]
+
+
+def move(role: Role, seed: int) -> None:
+    """Somewhere else than its teacher, each parameter by a draw of its own."""
+    random = torch.Generator().manual_seed(seed)
+    for _, p in sorted(role.parameters.items()):
+        p.data = 0.3 * torch.randn(p.shape, generator=random)
+
+
 def test_phases_are_the_steps_of_each_network():
     """Wan 2.2, boundary 0.9, shift 3: levels 1 and 0.9 are the first transformer's, 0.75 and 0.5 the second's."""
     assert phases(Experts(PROCESSES["flow"], MEAN, STD), uniform_plan(4)) == [range(0, 2), range(2, 4)]
@@ -56,12 +75,20 @@ def test_phases_are_the_steps_of_each_network():
     assert phases(denoiser_of(wan), uniform_plan(3)) == [range(0, 1), range(1, 3)]
 
 
-def test_one_network_is_refused(tmp_path: Path):
-    """A backbone that has never two, by its class; one that has one here, by its levels."""
+def test_what_has_no_phases_is_refused(tmp_path: Path):
+    """A backbone whose pipeline loads no LoRA; full weights of one network; levels and steps that make no phases."""
     made = config(tmp_path, method="phased_dmd")
-    assert "a network for each phase" in str(why_not(made, StableDiffusion))
-    with pytest.raises(UserError, match="all levels of 4 steps are those of one network"):
+    assert why_not(made, StableDiffusion) is None
+    assert "a pipeline that loads a LoRA for each" in str(why_not(made, DiT))
+    full = config(tmp_path, method="phased_dmd", student="full")
+    assert "set student: lora" in str(why_not(full, StableDiffusion))
+    assert why_not(full, Wan) is None
+    with pytest.raises(UserError, match="phases of one network are LoRAs of it; set student: lora"):
         method(tmp_path, Teacher(PROCESSES["flow"], MEAN, STD), method="phased_dmd")
+    with pytest.raises(UserError, match="phases: 3 do not divide 4 steps"):
+        lora_phases(tmp_path, denoiser_of(tiny_stable_diffusion()), phases=3)
+    with pytest.raises(UserError, match="all levels of 1 steps are those of one of the teacher's networks"):
+        phased(tmp_path, steps=[1])
     with pytest.raises(ConfigError, match="policy phases trains one step count"):
         config(tmp_path, method="phased_dmd", steps=[2, 4])
 
@@ -180,3 +207,89 @@ def test_cost_is_as_declared(order: str, tmp_path: Path):
         declared = made.forwards()[" and ".join(made.updates(i))]
         assert rows[True] == declared["backward"]
         assert rows[False] - (len(student) - 1) == declared["forward"] - 1.5
+
+
+# one network, a LoRA for each phase
+
+
+class TwoNetworks(StableDiffusion):
+    """A Stable Diffusion whose levels are split between two copies of its network, as Wan 2.2's are."""
+
+    def __init__(self, pipeline: Any):
+        super().__init__(pipeline, {"high": pipeline.unet, "low": copy.deepcopy(pipeline.unet)})
+
+    def route(self, time: Tensor) -> dict[str, Tensor]:
+        high = self.noise.from_model_time(time) > 0.501
+        sides = {"high": high.nonzero()[:, 0], "low": (~high).nonzero()[:, 0]}
+        return {name: rows for name, rows in sides.items() if len(rows)}
+
+
+def test_loras_of_one_network_are_trained_as_two_networks_are(tmp_path: Path):
+    """The same weights in both: all draws and losses of either phase are equal."""
+    one = lora_phases(tmp_path, denoiser_of(tiny_stable_diffusion()), max_train_steps=8, fake_score_updates=1)
+    two = lora_phases(tmp_path, TwoNetworks(tiny_stable_diffusion()), max_train_steps=8, fake_score_updates=1)
+    assert one.phases == two.phases == [range(0, 2), range(2, 4)]
+    assert [step.network for step in one.plan(4).steps] == [0, 0, 1, 1]
+    for seed, name in enumerate(("student", "fake_score")):
+        own = one.roles()[name]
+        move(own, seed)
+        names = {"high": "phase_1", "low": "phase_2"}
+        of = two.roles()[name].parameters
+        assert len(of) == len(own.parameters)
+        for key, p in of.items():
+            network, _, rest = key.partition(".")
+            p.data = own.parameters[f"{names[network]}.{rest}"].data.clone()
+    batch = prompts_of(one.teacher.denoiser, PROMPTS)
+    found: list[dict[str, float]] = []
+    for made in (one, two):
+        for i in (0, 1, 4, 7):
+            roles = made.updates(i)
+            draws = made.draw(batch, Rngs(0, i, range(2)), i, roles)
+            losses = {role: next(iter(made.loss(role, batch, draws, i))).total.item() for role in roles}
+            found.append(losses | {"x": draws.points["student"].x.norm().item()})
+    for a, b in zip(found[:4], found[4:], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+        assert all(abs(v) > 1e-6 for v in a.values())
+
+
+def test_the_other_phases_lora_stands_still(tmp_path: Path):
+    """Through the optimiser, whose decay and moments would move what gets no gradient."""
+    teacher = denoiser_of(tiny_stable_diffusion())
+    made = lora_phases(tmp_path, teacher, max_train_steps=4, fake_score_updates=1, train_batch_size=2)
+    trainer = under_training(tmp_path, made, teacher, PROMPTS)
+    for i, phase in enumerate(["phase_1", "phase_1", "phase_2", "phase_2"]):
+        before = {(r, k): p.detach().clone() for r in made.updates(i) for k, p in made.roles()[r].parameters.items()}
+        trainer.step(i)
+        moved = {
+            (r, k.partition(".")[0])
+            for (r, k), v in before.items()
+            if not torch.equal(v, made.roles()[r].parameters[k])
+        }
+        assert moved == {("student", phase), ("fake_score", phase)}
+
+
+def test_a_run_leaves_a_lora_for_each_phase(tmp_path: Path):
+    """Sampled by the level: as one LoRA after the other, by hand."""
+    base = tmp_path / "base"
+    tiny_stable_diffusion(base)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    settings = {"method": "phased_dmd", "teacher": str(base), "max_train_steps": 4, "fake_score_updates": 1}
+    settings |= {"train_data": None, "prompts": str(tmp_path / "prompts.txt")}
+    folder = train(config(tmp_path, **settings, learning_rate=0.5, train_batch_size=2))
+    names = {p.name for p in (folder / "student").glob("*.safetensors")}
+    assert names == {f"pytorch_lora_weights_phase_{i}.safetensors" for i in (1, 2)}
+    student, manifest = load_student(folder, fuse=True)
+    assert manifest.phase_ends == student.phase_ends == (0.5,)
+    plan = manifest.plan(4)
+    condition, network = student.encode(PROMPTS), bare(student.network)
+    ours = sample(student, condition, plan, [0, 1])
+    alone = [denoiser_of(student.pipeline).with_networks({"unet": Adapted(network, f"phase_{i}")}) for i in (1, 2)]
+    by_hand = sample(alone[0], condition, plan, [0, 1], members=[alone[1]])
+    torch.testing.assert_close(ours, by_hand, rtol=0, atol=1e-6)
+    for one in alone:
+        assert (sample(one, condition, plan, [0, 1], members=[one]) - ours).norm() > 0.01 * ours.norm()
+    with pytest.raises(UserError, match="a LoRA for each phase, which cannot be added into one set of weights"):
+        load(folder)
+    again = {**settings, "teacher": str(folder), "name": "again"}
+    with pytest.raises(ConfigError, match="a LoRA student, on which phases, LoRAs too, cannot be loaded"):
+        train(config(tmp_path, **again))

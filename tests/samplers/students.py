@@ -54,6 +54,13 @@ def two_scales(_: int) -> SamplingPlan:
     return SamplingPlan(steps=tuple(Step(level=a, to=b, guidance_scale=g) for a, b, g in steps), rule="consistency")
 
 
+def phases(steps: int) -> SamplingPlan:
+    """ODE steps, one LoRA for the first half and another for the second."""
+    plan = uniform_plan(steps)
+    numbered = (step.model_copy(update={"network": int(2 * i >= steps)}) for i, step in enumerate(plan.steps))
+    return plan.model_copy(update={"steps": tuple(numbered)})
+
+
 @dataclass(frozen=True)
 class Case:
     """A student to save: its teacher, from a folder or a single file, its kind, and plans by number of steps."""
@@ -82,6 +89,7 @@ V = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
 CASES = {
     "sd-lora": case(tiny_stable_diffusion, "lora", lcm, 1, 2, 4),
     "sd-file-lora": case(tiny_stable_diffusion, "lora", lcm, 2, file=True),
+    "sd-phases-lora": case(tiny_stable_diffusion, "lora", phases, 4),
     "sd-full-guidance-input": case(tiny_stable_diffusion, "full", lambda k: lcm(k, 5.0), 1, 2, guidance_input=True),
     "sd-full-odd-levels": case(tiny_stable_diffusion, "full", lambda k: uniform_plan(k, 2.0), 1, 3),
     "sd-v-lora": case(tiny_stable_diffusion, "lora", renoising, 1, 2, 4, **V),
@@ -89,6 +97,7 @@ CASES = {
     "sdxl-lora": case(tiny_stable_diffusion_xl, "lora", lcm, 1, 4),
     "sdxl-full": case(tiny_stable_diffusion_xl, "full", lambda k: uniform_plan(k, 3.0), 1, 4),
     "sd3-lora": case(tiny_stable_diffusion_3, "lora", renoising, 1, 2, 4),
+    "sd3-phases-lora": case(tiny_stable_diffusion_3, "lora", phases, 4),
     "sd3-full-dynamic-shift": case(
         tiny_stable_diffusion_3, "full", lambda k: uniform_plan(k, 3.0), 1, 4, dynamic_shift=True
     ),
@@ -125,10 +134,10 @@ class Saved:
     manifest: Manifest
 
 
-def trained(teacher: Denoiser, kind: str) -> tuple[Denoiser, Denoiser]:
+def trained(teacher: Denoiser, kind: str, phase_ends: tuple[float, ...] = ()) -> tuple[Denoiser, Denoiser]:
     """The teacher and a moved student, beside whose LoRA is another role's; alpha is not the rank."""
     networks = Networks(teacher, kind, rank=2, alpha=3)
-    roles = [networks.trained(name) for name in ("student", "fake_score")]
+    roles = [networks.trained(name, phase_ends=phase_ends) for name in ("student", "fake_score")]
     random = torch.Generator().manual_seed(1)
     for role in roles:
         for p in role.parameters.values():
@@ -156,7 +165,7 @@ def saved(folder: Path, name: str = "sd-lora", base: Path | str | None = None) -
         plans=plans,
         **c.size,
     )
-    teacher, student = trained(loaded, c.kind)
+    teacher, student = trained(loaded, c.kind, manifest.phase_ends)
     save_student(folder / "student", student, manifest)
     return Saved(folder / "student", base, teacher, student, manifest)
 

@@ -20,7 +20,7 @@ from fewstep.samplers.single_file import split
 from fewstep.samplers.skeleton import skeleton
 from tests.pipelines import PROMPTS, tiny_stable_diffusion, tiny_wan
 from tests.pipelines_large import tiny_stable_diffusion_xl
-from tests.samplers.original import original, publish
+from tests.samplers.original import publish
 from tests.samplers.students import Saved, latents, saved
 from tests.samplers.test_load import complaint
 

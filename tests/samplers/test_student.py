@@ -26,7 +26,7 @@ def test_a_saved_student_loads_as_it_was(students: dict[str, Saved], name: str):
         loaded, manifest = load_student(s.folder, fuse=fuse)
         assert manifest == s.manifest
         adapters = [getattr(network, "peft_config", None) for network in loaded.networks.values()]
-        apart = name.endswith("lora") and s.student.takes_lora and not fuse
+        apart = name.endswith("lora") and s.student.takes_lora and (not fuse or bool(manifest.phase_ends))
         assert all(adapters) if apart else not any(adapters)
         torch.testing.assert_close(latents(loaded, manifest, steps), expected, rtol=0, atol=1e-4 if fuse else 2e-5)
     with pytest.raises(UserError, match=f"steps 7: this student samples in {min(manifest.plans)}"):
@@ -35,10 +35,12 @@ def test_a_saved_student_loads_as_it_was(students: dict[str, Saved], name: str):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_the_folder_holds(students: dict[str, Saved], name: str):
-    """One LoRA file per network at the top and nothing beside it that a loader could take for one; or a pipeline."""
+    """One LoRA file per network, or phase of one, at the top and nothing beside it that a loader could take for one; or a pipeline."""
     s = students[name]
     here = {p.name for p in s.folder.iterdir()}
     weights = {WEIGHTS} | ({"pytorch_lora_weights_transformer_2.safetensors"} if name.startswith("wan2") else set())
+    if s.manifest.phase_ends:
+        weights = {f"pytorch_lora_weights_phase_{i}.safetensors" for i in (1, 2)}
     if name.endswith("lora") and s.student.takes_lora:
         assert here == {*weights, "scheduler", "fewstep.json", "README.md"}
     else:
