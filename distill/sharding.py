@@ -18,7 +18,6 @@ from fewstep.distill.config import ConfigError, TrainConfig
 from fewstep.distill.distiller import Role
 from fewstep.samplers.adapters import Adapted, bare
 from fewstep.samplers.denoisers.base import Denoiser
-from fewstep.samplers.errors import UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,14 +71,19 @@ def refuse_launch(config: TrainConfig, accelerator: Accelerator) -> None:
         )
 
 
-def refuse_two(denoiser: Denoiser) -> None:
-    """UserError for a denoiser with two networks: not every process calls both."""
-    if len(denoiser.networks) > 1:
-        raise UserError(
-            f"sharding_strategy full_shard: {type(denoiser.pipeline).__name__} splits levels between "
-            f"{' and '.join(denoiser.networks)}, so that processes would call different networks and wait for each other "
-            "for ever; use no_shard"
-        )
+def together(denoiser: Denoiser, device: torch.device) -> None:
+    """Let copies of a denoiser with several networks call on every process those that any process's rows need.
+
+    Rows of one process may be one network's and those of another the other's, and a call gathers the parts of all: one
+    message before each call. To be done before roles are made.
+    """
+
+    def agreed(needed: list[bool]) -> list[bool]:
+        flags = torch.tensor(needed, dtype=torch.int32, device=device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        return flags.bool().tolist()
+
+    denoiser.agreed = agreed
 
 
 def shard(roles: Iterable[Role], base: Denoiser, device: torch.device) -> None:
@@ -157,4 +161,6 @@ def gathered(denoiser: Denoiser, skeletons: dict[str, nn.Module], keep: bool) ->
                 state[key] = tensor.cpu()
         skeletons[name].load_state_dict(state, strict=False, assign=True)
         networks[name] = Adapted(skeletons[name], network.adapter) if isinstance(network, Adapted) else skeletons[name]
-    return denoiser.with_networks(networks)
+    alone = denoiser.with_networks(networks)
+    alone.agreed = None
+    return alone

@@ -24,7 +24,7 @@ from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import denoiser_of
 from tests.distill.runs import config
 from tests.distill.two_processes import SAME, outcome
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import tiny_stable_diffusion, tiny_wan
 
 RUNS: dict[str, dict[str, Any]] = {
     # student and fake score on one base, and a discriminator on features
@@ -72,6 +72,39 @@ def derivative(denoiser: Denoiser) -> tuple[Tensor, Tensor]:
         return denoiser.jvp(x, torch.tensor([0.7, 0.3]), condition, dx, torch.ones(()))
 
 
+def sides(accelerator: Accelerator) -> float:
+    """Wan 2.2, whose rows are one network's on one process and the other's on the other: distance from one process's.
+
+    Of predictions, features, and gradients of their squares, means over all rows; where nobody needs a network, it has none.
+    """
+    rank, device = accelerator.process_index, accelerator.device
+    whole, split = (denoiser_of(tiny_wan(two_transformers=True)) for _ in range(2))
+    x = torch.randn(2, 4, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    condition = whole.encode(["a cat", "a dog"])
+    sharding.together(split, device)
+    sharding.shard([], split, device)
+    worst = 0.0
+    for levels, called in (([0.98, 0.2], [True, True]), ([0.98, 0.95], [True, False]), ([0.1, 0.2], [False, True])):
+        t = torch.tensor(levels)
+        grads: list[dict[str, Tensor | None]] = []
+        outputs: list[Tensor] = []
+        for denoiser, rows in ((whole, slice(0, 2)), (split, slice(rank, rank + 1))):
+            parameters = {f"{n}.{k}": p for n, m in denoiser.networks.items() for k, p in m.named_parameters()}
+            for p in parameters.values():
+                p.requires_grad_(True).grad = None
+            output, features = denoiser.predict_with_features(x[rows], t[rows], condition[rows])
+            (output.square().mean() + features[0].square().mean()).backward()
+            outputs.append(output.detach())
+            grads.append({k: None if p.grad is None else sharding.whole(p.grad) for k, p in parameters.items()})
+        worst = max(worst, (outputs[1] - outputs[0][rank]).abs().max().item())
+        for key, a in grads[0].items():
+            b = grads[1][key]
+            assert (a is not None) == (b is not None) == called[key.startswith("transformer_2.")], key
+            if a is not None and b is not None:
+                worst = max(worst, (a - b).norm().item() / (a.norm().item() + 1e-6))
+    return worst
+
+
 def main(folder: Path) -> None:
     """Everything, in one program: starting one is slow."""
     accelerator = Accelerator()
@@ -95,6 +128,8 @@ def main(folder: Path) -> None:
     found["derivative"] = [
         (a - b).norm().item() / b.norm().item() for a, b in zip(derivative(teacher), plain, strict=True)
     ]
+
+    found["sides"] = sides(accelerator)
 
     real = Batches.__call__
 
