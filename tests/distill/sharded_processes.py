@@ -1,6 +1,7 @@
-"""`torchrun ... -m tests.distill.sharded_processes FOLDER`: sharded runs, and what each of two processes finds in them.
+"""`accelerate launch ... -m tests.distill.sharded_processes FOLDER`: sharded runs, and what each of two processes finds.
 
-Writes FOLDER/two (straight runs), FOLDER/there (one process's runs, continued) and FOLDER-RANK.json.
+Writes FOLDER/two (straight runs), FOLDER/there (one process's runs, continued), FOLDER/job (the run of FOLDER/job.yaml,
+by the command) and FOLDER-RANK.json.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fewstep.distill import sharding
+from fewstep.distill.__main__ import main as command
 from fewstep.distill.batches import Batches
 from fewstep.distill.distiller import Role
+from fewstep.distill.record import Record
 from fewstep.distill.run import train
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.denoisers.base import Denoiser
@@ -119,8 +123,14 @@ def main(folder: Path) -> None:
     sharding.shard = sharded
     for name in RUNS:
         train(settings(folder, "two", name, 2), teacher=denoiser_of(tiny_stable_diffusion()))
+    Record.preview = lambda *_: None  # type: ignore[method-assign]  # twenty guided steps of the teacher, each time
+    for name in RUNS:
         train(settings(folder, "there", name, 2), resume=True, teacher=denoiser_of(tiny_stable_diffusion()))
     sharding.shard = shard
+    sys.argv[1:] = [str(folder / "job.yaml")]
+    with pytest.raises(SystemExit) as end:
+        command()
+    found["job"] = end.value.code
 
     teacher = denoiser_of(tiny_stable_diffusion())
     plain = derivative(teacher)

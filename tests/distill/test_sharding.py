@@ -27,7 +27,9 @@ from tests.distill.sharded_processes import RUNS, settings
 from tests.pipelines import tiny_stable_diffusion
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # test_processes.py has torchrun
+JOB = {"method": "lcm", "name": "job", "sharding_strategy": "full_shard", "steps": [1], "rank": 2, "preflight": False}
+JOB |= {"max_train_steps": 2, "train_batch_size": 2, "report_num": 2, "report_teacher_steps": [1]}
 every_run = pytest.mark.parametrize("name", RUNS)
 
 
@@ -50,13 +52,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, li
     """The folder of the runs, and what each of two processes found.
 
     one, two: straight, on so many processes; there: the first half on one, the rest on two; back: the other way round.
+    job: the whole job by the command, whose teacher is a folder.
     """
     folder = tmp_path_factory.mktemp("shards") / "runs"
     write_images(folder / "images", 10)
     for name in RUNS:
         train(settings(folder, "one", name, 1), teacher=denoiser_of(tiny_stable_diffusion()))
         halved(folder / "one" / name, folder / "there" / name)
-    launched(root, *TORCHRUN, "-m", "tests.distill.sharded_processes", str(folder))
+    tiny_stable_diffusion(folder / "teacher")
+    own = {"teacher": "teacher", "train_data": "images", "cache_dir": "cache-job", "output_dir": "."}
+    job = JOB | {k: str(folder / v) for k, v in own.items()}
+    (folder / "job.yaml").write_text("".join(f"{k}: {v}\n" for k, v in job.items()))
+    launched(root, *LAUNCH, "-m", "tests.distill.sharded_processes", str(folder))
     for name in RUNS:
         halved(folder / "two" / name, folder / "back" / name)
         train(settings(folder, "back", name, 1), resume=True, teacher=denoiser_of(tiny_stable_diffusion()))
@@ -75,7 +82,7 @@ def test_every_weight_is_in_parts(runs: tuple[Path, list[dict[str, Any]]]):
         assert first["share"] + second["share"] == pytest.approx(1)
         assert first["share"] < 0.6  # of an odd number of rows the first has one more
         assert first["trained"] > 0
-    assert [h["modules"] for h in found[0]["held"]] == [["discriminator"]] * 2 + [[]] * 2
+    assert [h["modules"] for h in found[0]["held"]] == [["discriminator"], []] * 2
 
 
 @every_run
@@ -158,17 +165,11 @@ def test_all_stop_at_a_number_that_one_sees(runs: tuple[Path, list[dict[str, Any
     assert [f["non-finite"] for f in found] == [line, line]
 
 
-def test_accelerate_launch_runs_the_whole_job(tmp_path: Path, root: Path):
+def test_accelerate_launch_runs_the_whole_job(runs: tuple[Path, list[dict[str, Any]]]):
     """As docs/many-devices.md has it: two processes, not one of each, with a report of the exported student."""
-    tiny_stable_diffusion().save_pretrained(tmp_path / "teacher")
-    write_images(tmp_path / "images", 4)
-    words = {"method": "lcm", "teacher": tmp_path / "teacher", "train_data": tmp_path / "images", "name": "run"}
-    words |= {"output_dir": tmp_path, "cache_dir": tmp_path / "cache", "sharding_strategy": "full_shard", "steps": [1]}
-    words |= {"max_train_steps": 2, "train_batch_size": 2, "rank": 2, "report_num": 2, "report_teacher_steps": [1]}
-    (tmp_path / "run.yaml").write_text("".join(f"{k}: {v}\n" for k, v in words.items()))
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launched(root, *launch, "-m", "fewstep.distill", str(tmp_path / "run.yaml"))
-    run = tmp_path / "run"
+    folder, found = runs
+    assert [f["job"] for f in found] == [0, 0]
+    run = folder / "job"
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     assert {row["role"] for row in json.loads((run / "report.json").read_text())["rows"]} >= {"teacher", "student"}
     assert load_student(run)[1].kind == "lora"

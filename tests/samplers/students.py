@@ -93,10 +93,10 @@ CASES = {
     "sd-full-guidance-input": case(tiny_stable_diffusion, "full", lambda k: lcm(k, 5.0), 1, 2, guidance_input=True),
     "sd-full-odd-levels": case(tiny_stable_diffusion, "full", lambda k: uniform_plan(k, 2.0), 1, 3),
     "sd-v-lora": case(tiny_stable_diffusion, "lora", renoising, 1, 2, 4, **V),
-    "sd-v-full": case(tiny_stable_diffusion, "full", lambda k: uniform_plan(k, 2.0), 1, 2, 4, **V),
+    "sd-v-full": case(tiny_stable_diffusion, "full", lambda k: uniform_plan(k, 2.0), 1, 4, **V),
     "sdxl-lora": case(tiny_stable_diffusion_xl, "lora", lcm, 1, 4),
     "sdxl-full": case(tiny_stable_diffusion_xl, "full", lambda k: uniform_plan(k, 3.0), 1, 4),
-    "sd3-lora": case(tiny_stable_diffusion_3, "lora", renoising, 1, 2, 4),
+    "sd3-lora": case(tiny_stable_diffusion_3, "lora", renoising, 1, 4),
     "sd3-phases-lora": case(tiny_stable_diffusion_3, "lora", phases, 4),
     "sd3-full-dynamic-shift": case(
         tiny_stable_diffusion_3, "full", lambda k: uniform_plan(k, 3.0), 1, 4, dynamic_shift=True
@@ -110,16 +110,16 @@ CASES = {
     "wan-full": case(tiny_wan, "full", renoising, 1, 2),
     "wan2-lora": case(tiny_wan, "lora", two_scales, 3, two_transformers=True),
     "wan2-full": case(tiny_wan, "full", uniform_plan, 4, two_transformers=True),
-    "dit-lora": case(tiny_dit, "lora", lcm, 1, 2, 4),
-    "dit-full": case(tiny_dit, "full", lambda k: uniform_plan(k, 3.0), 1, 2, 4, labels=False),
+    "dit-lora": case(tiny_dit, "lora", lcm, 1, 4),
+    "dit-full": case(tiny_dit, "full", lambda k: uniform_plan(k, 3.0), 1, 4, labels=False),
     "dit-sde-full": case(tiny_dit, "full", lambda k: uniform_plan(k, rule="sde"), 2),
-    "pixart-lora": case(tiny_pixart, "lora", renoising, 1, 2, 4),
+    "pixart-lora": case(tiny_pixart, "lora", renoising, 1, 4),
     "pixart-full": case(tiny_pixart, "full", lambda k: uniform_plan(k, 3.0), 1, 3, sigma=True),
-    "classes-lora": case(tiny_classes, "lora", lcm, 1, 2, 4),
-    "classes-full": case(tiny_classes, "full", uniform_plan, 1, 2, 4),
+    "classes-lora": case(tiny_classes, "lora", lcm, 1, 4),
+    "classes-full": case(tiny_classes, "full", uniform_plan, 1, 4),
     "classes-sde-full": case(tiny_classes, "full", lambda k: uniform_plan(k, rule="sde"), 2, classes=None),
-    "ddpm-lora": case(tiny_ddpm, "lora", lcm, 1, 2, 4),
-    "ddpm-full": case(tiny_ddpm, "full", uniform_plan, 1, 2, 4),
+    "ddpm-lora": case(tiny_ddpm, "lora", lcm, 1, 4),
+    "ddpm-full": case(tiny_ddpm, "full", uniform_plan, 1, 4),
 }
 
 
