@@ -16,7 +16,7 @@ from typing import Any
 from fewstep.samplers import single_file
 from fewstep.samplers.adapters import Adapted
 from fewstep.samplers.denoisers.base import Denoiser
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, one_line
 from fewstep.samplers.hub import index_from_hub, is_hub_id
 from fewstep.samplers.manifest import (
     MANIFEST,
@@ -154,7 +154,7 @@ def load_pipeline(
     if name == "StableDiffusionPipeline":
         extra |= {"safety_checker": None, "requires_safety_checker": False}
     cls, file = getattr(diffusers, name), single_file.split(base)
-    with _one_line(f"{base}: cannot be loaded as {name}"):
+    with one_line(f"{base}: cannot be loaded as {name}"):
         if file is None:
             pipeline = cls.from_pretrained(
                 resolve(base), revision=revision, variant=variant, use_safetensors=True, **extra
@@ -187,7 +187,7 @@ def _add(pipeline: Any, lora: str) -> None:
     at, file = _arguments(lora)
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"{lora}: a {name} takes no LoRA")
-    with _one_line(f"{lora}: cannot be loaded as a LoRA of {name}"):
+    with one_line(f"{lora}: cannot be loaded as a LoRA of {name}"):
         with _quiet():
             pipeline.load_lora_weights(at, use_safetensors=True, **file)
         adapted = list(pipeline.get_list_adapters())
@@ -201,19 +201,6 @@ def _fuse(pipeline: Any, components: list[str]) -> None:
     """Add the adapters of components into their weights."""
     pipeline.fuse_lora(components=components)
     pipeline.unload_lora_weights()
-
-
-@contextmanager
-def _one_line(said: str) -> Iterator[None]:
-    """Within the block any error, as diffusers, transformers, peft, safetensors and the hub each have their own, is one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        kind = type(error).__name__
-        raise UserError(f"{said}: {kind}: {lines[0] if lines else 'no message'}") from error
 
 
 def load(source: str | Path, revision: str | None = None, variant: str | None = None, **components: Any) -> Denoiser:
@@ -287,7 +274,7 @@ def _on_base(
     for arguments in weight_files(teacher).values():
         path = folder / arguments["weight_name"]
         # diffusers warns that the text encoder gets no LoRA
-        with _one_line(f"{path}: cannot be loaded as a LoRA"), _quiet():
+        with one_line(f"{path}: cannot be loaded as a LoRA"), _quiet():
             # without use_safetensors it would look for a pickle where the file is broken
             teacher.pipeline.load_lora_weights(folder, use_safetensors=True, **arguments)
     if not all(getattr(network, "peft_config", None) for network in teacher.networks.values()):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.condition import Condition, concatenate
+from fewstep.samplers.denoisers.split import Run, each_network, phases
 from fewstep.samplers.denoisers.vae import images_of_latents, latents_of_images
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.features import captured, quarters
@@ -158,15 +159,7 @@ class Denoiser(ABC):
 
     def sides(self, time: Tensor) -> dict[str, Tensor]:
         """`route`, or of phases rows by the name of each."""
-        if not self.phase_ends:
-            return self.route(time)
-        if len(self.networks) == 1:  # of a view of one
-            return {next(iter(self.networks)): torch.arange(len(time), device=time.device)}
-        level = self.noise.from_model_time(time if time.ndim == 1 else time.amax(dim=1))
-        ends = self.noise.shift(torch.tensor(self.phase_ends, dtype=level.dtype, device=level.device))
-        number = (level[:, None] <= ends + 1e-6).sum(dim=1)  # model times are rounded
-        sides = {name: (number == i).nonzero()[:, 0] for i, name in enumerate(self.networks)}
-        return {name: rows for name, rows in sides.items() if len(rows)}
+        return phases(self, time) if self.phase_ends else self.route(time)
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None = None) -> Tensor:
         """The network's raw prediction at x_t, float32.
@@ -224,34 +217,10 @@ class Denoiser(ABC):
             return torch.func.jvp(lambda x, s: self.predict(x, s, condition), (x_t, t), tangents)[:2]
 
     def _each_network(
-        self,
-        run: Callable[[Any, Tensor, Tensor, Condition], list[Tensor]],
-        x_t: Tensor,
-        t: Tensor,
-        condition: Condition,
-        told: Tensor | None,
+        self, run: Run, x_t: Tensor, t: Tensor, condition: Condition, told: Tensor | None
     ) -> list[Tensor]:
-        """`run(network, x_t, model time, condition)` on each network's rows; the results in the order of all rows."""
         time = self.noise.model_time(self._rows(t if told is None else told, x_t))
-        sides = self.sides(time)
-        if self.router is not None:
-            sides = self.router.rows(condition, list(self.networks), x_t.device)
-        called = list(sides)
-        if self.agreed is not None and len(self.networks) > 1:
-            any_calls = self.agreed([name in sides for name in self.networks])
-            called = [name for name, needed in zip(self.networks, any_calls, strict=True) if needed]
-        if len(called) == 1:
-            return [_full(part) for part in run(self.networks[called[0]], x_t, time, condition)]
-        parts, idle = [], []
-        for name in called:
-            if name in sides:
-                rows = sides[name]
-                parts.append(run(self.networks[name], x_t[rows], time[rows], condition[rows]))
-            else:  # a row that counts for nothing, but whose graph is differentiated along with the others'
-                idle += run(self.networks[name], x_t[:1], time[:1], condition[:1])
-        order = torch.cat(list(sides.values())).argsort()
-        joined = [_full(torch.cat(side))[order] for side in zip(*parts, strict=True)]
-        return [part + 0 * sum(other.sum() for other in idle) for part in joined] if idle else joined
+        return each_network(self, run, x_t, time, condition)
 
     @staticmethod
     def _rows(t: Tensor, x: Tensor) -> Tensor:
@@ -338,11 +307,6 @@ class Denoiser(ABC):
     def with_guidance_input(self) -> Denoiser:
         """The same denoiser around networks that also take a guidance scale and ignore it until trained."""
         raise UserError(f"{type(self.pipeline).__name__}: its network cannot be given a guidance input")
-
-
-def _full(x: Tensor) -> Tensor:
-    """Float32, or float64 if it is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def pipeline_size(height: int | None, width: int | None, default: int, multiple: int) -> tuple[int, int]:
