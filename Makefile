@@ -19,8 +19,9 @@ help:
 demo: .venv/installed
 	$(BIN)/fewstep train quickstart --resume
 
+# a file's fixtures, some of them trainings in processes of their own, are made once: its tests stay on one worker
 test: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/installed-dev links
 	$(BIN)/ruff check .

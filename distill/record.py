@@ -39,6 +39,7 @@ MAY_CHANGE = {
         "cache_dir",
         "lpips_weights",
         "best_metric",
+        "early_stopping_patience",
         "eval_steps",
         "eval_metrics",
         "eval_num",
