@@ -64,12 +64,12 @@ def made(folder: Path, name: str, **changes: Any) -> tuple[MixtureTeacher, Distr
     return teacher, method
 
 
-def pairs(method: DistributionMatching, teacher: MixtureTeacher, n: int = 32) -> Batch:
+def pairs(method: DistributionMatching, teacher: MixtureTeacher, n: int = 64) -> Batch:
     """Noises, and where 16 of the teacher's steps take them."""
-    condition, seeds = teacher.encode([""] * n), range(n)
-    x = sample(teacher, condition, teacher_plan(method.config, teacher), seeds, (2, 32, 32))
-    z = randn((n, 2, 32, 32), generators(seeds))
-    return Batch([""] * n, (2, 32, 32), condition, pairs=Pairs(z, x, condition))
+    condition, seeds, shape = teacher.encode([""] * n), range(n), teacher.latent_shape()
+    x = sample(teacher, condition, teacher_plan(method.config, teacher), seeds, shape)
+    z = randn((n, *shape), generators(seeds))
+    return Batch([""] * n, shape, condition, pairs=Pairs(z, x, condition))
 
 
 def points(method: DistributionMatching, teacher: MixtureTeacher) -> tuple[Tensor, Tensor]:
