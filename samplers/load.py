@@ -1,7 +1,8 @@
 """`load(source)`: a denoiser from a pipeline folder, `embedded:NAME`, a hub id, a run, a student's folder or a single file.
 
-`FILE.safetensors@CONFIG` is a checkpoint in its original keys, see `single_file.py`. `BASE+LORA` is a pipeline with a LoRA of any format that diffusers reads, its own or kohya's, added into the weights: a file, a
-folder, a hub id, or a file of one (ORG/NAME/FILE.safetensors).
+`FILE.safetensors@CONFIG` is a checkpoint in its original keys, see `single_file.py`. `BASE+LORA` is a pipeline with a LoRA
+of any format that diffusers reads, its own or kohya's, added into the weights: a file, a folder, a hub id, or a file of
+one (ORG/NAME/FILE.safetensors).
 """
 
 from __future__ import annotations
