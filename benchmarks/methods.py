@@ -31,7 +31,8 @@ from fewstep.distill.config import load_config
 HERE = Path(__file__).parent
 CONFIGS = [
     *("lcm/emoji", "dmd2/emoji", "dmd2/emoji-gan", "sid/emoji", "sid_fewstep/emoji", "sid_fewstep/emoji-gan"),
-    *("dmd/emoji", "sim/emoji", "swiftbrush/emoji", "tdm/emoji", "uni_instruct/emoji"),
+    *("dmd/emoji", "sim/emoji", "swiftbrush/emoji", "tdm/emoji", "uni_instruct/emoji", "disback/emoji"),
+    *("phased_dmd/emoji", "msd/emoji"),
 ]
 SAME = {"dmd2/emoji": "quickstart"}
 """Rows whose config has another name."""
@@ -40,6 +41,8 @@ WATCHED = (FIGURE, "category_accuracy", "blends")
 COLUMNS = (FIGURE, "clip_emoji", "category_accuracy", "coverage", "blends", "diversity")
 PROBE = 12
 """Iterations of the probe; the first four are not timed."""
+SHORT = {"disback/emoji": ["nodes=0", "fake_score_warmup_steps=0"]}
+"""Of a probe, where a whole run would not fit into it."""
 PALETTE = ("#2a6fdb", "#d1495b", "#2e8b57", "#8a5cc2", "#c77f1a", "#4b8f9f")
 
 
@@ -66,13 +69,19 @@ def trained(name: str, run: str, options: argparse.Namespace, *settings: str) ->
 
 
 def log_of(folder: Path) -> list[dict[str, float]]:
-    """Lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Lines of a run's metrics.jsonl, or of those of its parts, one after the other."""
+    lines: list[dict[str, float]] = []
+    for path in sorted(folder.glob("parts/*/metrics.jsonl")) or [folder / "metrics.jsonl"]:
+        last = lines[-1] if lines else {"iteration": 0, "seconds": 0.0}
+        for line in map(json.loads, path.read_text().splitlines()):
+            lines.append(line | {k: line[k] + last[k] for k in ("iteration", "seconds")})
+    return lines
 
 
 def probe(name: str, options: argparse.Namespace) -> float:
     """Seconds of an iteration."""
-    lines = log_of(trained(name, f"{plain(name)}-probe", options, f"max_train_steps={PROBE}", "logging_steps=4"))
+    settings = [f"max_train_steps={PROBE}", "logging_steps=4", *SHORT.get(name, [])]
+    lines = log_of(trained(name, f"{plain(name)}-probe", options, *settings))
     return (lines[-1]["seconds"] - lines[0]["seconds"]) / (lines[-1]["iteration"] - lines[0]["iteration"])
 
 
@@ -199,11 +208,14 @@ def main() -> None:
     def train(name: str) -> None:
         if (options.runs / plain(name) / "student" / "fewstep.json").is_file():
             return
-        n = max(10, int(60 * options.minutes / seconds[name]))
-        settings = [f"max_train_steps={n}", f"eval_steps={max(1, n // options.evaluations)}"]
-        settings += [f"eval_metrics=[{','.join(WATCHED)}]", f"eval_num={options.eval_num}"]
-        settings += ["eval_prompts=embedded:emoji", f"best_metric=eval/{FIGURE}"]
-        settings += [f"early_stopping_patience={options.patience}"] if options.patience else []
+        parts = getattr(load_config(SAME.get(name, name), options.settings), "parts", 1)
+        n = max(10, int(60 * options.minutes / seconds[name] / parts))
+        settings = [f"max_train_steps={n}"]
+        if parts == 1:  # the figures of a part are not those of its siblings together
+            settings += [f"eval_steps={max(1, n // options.evaluations)}"]
+            settings += [f"eval_metrics=[{','.join(WATCHED)}]", f"eval_num={options.eval_num}"]
+            settings += ["eval_prompts=embedded:emoji", f"best_metric=eval/{FIGURE}"]
+            settings += [f"early_stopping_patience={options.patience}"] if options.patience else []
         trained(name, plain(name), options, *settings)
 
     with ThreadPoolExecutor(options.jobs) as pool:
