@@ -47,7 +47,7 @@ RECIPES = {
     for path in sorted(CONFIGS.rglob("*.yaml"))
     if path.parent.name != "teachers" and not (config := load_config(path)).teacher.startswith("embedded:")
 }
-EXAMPLES = tuple(METHODS)
+EXAMPLES = (*METHODS, "msd")
 
 
 @pytest.fixture(scope="module")
@@ -244,11 +244,16 @@ def test_an_example_runs(
     argv += [f"teacher={tiny(config.teacher)}", *of(config, inputs, tmp_path)]
     if name == "pretrain":
         argv += ["step_counts=[2]"]
+    if name == "msd":
+        argv += ["parts=2"]  # of two prompts
     runpy.run_path(str(script), run_name="__main__")
     printed = Path(capsys.readouterr().out.strip().split(": ")[1])
-    assert read_manifest(printed).method == name
-    assert (printed.parent / "samples/step-000002.png").is_file()
-    assert json.loads((printed.parent / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == 2
+    assert config.method == {"msd": "dmd2"}.get(name, name)
+    runs = [printed.parent / f"parts/part_{i}" for i in range(2)] if name == "msd" else [printed.parent]
+    for run in runs:
+        assert read_manifest(run / "student").method == config.method
+        assert (run / "samples/step-000002.png").is_file()
+        assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == 2
     lines = script.read_text().splitlines()
     assert len([line for line in lines[lines.index("import sys") :] if line]) <= 26  # about twenty
 
