@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from fewstep.distill.evaluation import student_folder
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, reason
 from fewstep.samplers.hub import is_hub_id
 from fewstep.samplers.load import load, load_student
 from fewstep.samplers.manifest import holds_lora, read_manifest
@@ -70,12 +70,12 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Student, scheduler and card")
         return str(made)
     except HFValidationError as error:
-        raise UserError(f"--push {repository}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--push {repository}: {reason(error)}") from error
     except LocalTokenNotFoundError as error:
         raise UserError(f"--push {repository}: no token of the hub; hf auth login, or set HF_TOKEN") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
-        why = "needs a token that may write there" if status in (401, 403) else str(error).splitlines()[0]
+        why = "needs a token that may write there" if status in (401, 403) else reason(error)
         raise UserError(f"--push {repository}: the hub refused it: {why}; what was exported stays") from error
     except Exception as error:
         transport = type(error).__module__.startswith("httpx")  # whose name changes between releases of the library

@@ -23,7 +23,7 @@ from fewstep.distill import picture
 from fewstep.distill.console import expected
 from fewstep.distill.evaluation import Sampler, device, timed
 from fewstep.samplers.baseline import counted
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, reason
 
 HOST = "127.0.0.1"
 CSS = """
@@ -228,5 +228,5 @@ def drawn(sampler: Sampler, prompt: str, seed: int, folder: Path) -> list[str]:
 
 def one_line(error: Exception) -> str:
     """What a page says of an error."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    text = reason(error)
     return html.escape(text if expected(error) is not None else f"{type(error).__name__}: {text}", quote=False)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, reason
 
 READ = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
 OTHER = (".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".dng", ".cr2", ".nef", ".arw")
@@ -41,7 +41,7 @@ def picture(data: bytes, name: str) -> Any:
     except Unusable:
         raise
     except Exception as error:  # each format of PIL has its own kinds
-        raise Unusable(f"{name}: cannot be read as an image ({_why(error)})") from error
+        raise Unusable(f"{name}: cannot be read as an image ({reason(error)})") from error
 
 
 def upright_size(data: bytes, name: str) -> tuple[int, int]:
@@ -56,11 +56,7 @@ def upright_size(data: bytes, name: str) -> tuple[int, int]:
     except Unusable:
         raise
     except Exception as error:
-        raise Unusable(f"{name}: cannot be read as an image ({_why(error)})") from error
-
-
-def _why(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Unusable(f"{name}: cannot be read as an image ({reason(error)})") from error
 
 
 def _refuse_frames(image: Any, name: str) -> None:

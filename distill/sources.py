@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.distill.pictures import SUFFIXES, Unusable
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, reason
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def dataset(name: str, config: str | None, split: str, image_column: str, captio
     try:
         data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config)
     except Exception as error:  # the package, pyarrow and the hub each have their own kinds
-        raise UserError(f"dataset_name {name}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise UserError(f"dataset_name {name}: cannot be loaded ({reason(error)})") from error
     if isinstance(data, dict):
         if split not in data:
             raise UserError(f"dataset_name {name}: no split {split}; dataset_split is one of {', '.join(data)}")

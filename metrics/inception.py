@@ -50,7 +50,7 @@ class Inception:
         digest = _checked(path)
         self.device = torch.device(device)
         self.network = _network(layer, path, resize == "antialias").to(self.device)
-        if self.device.type == "cpu":  # its convolutions are nearly twice as fast so, and differ by 1e-6 (benchmarks/fid.md)
+        if self.device.type == "cpu":  # its convolutions are nearly twice as fast so, and differ by 1e-6
             self.network = self.network.to(memory_format=torch.channels_last)
         self.name = f"inception-{layer}-{resize}" + ("" if digest.startswith(SHA256) else f"-{digest[:8]}")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, reason
 
 CLASSES = {
     "sdpa": {"XFormersAttnProcessor": "AttnProcessor2_0", "XFormersJointAttnProcessor": "JointAttnProcessor2_0"},
@@ -89,8 +89,7 @@ def trial(kernel: str, sizes: Iterable[int], device: torch.device, dtype: torch.
         try:
             attend(q, k, v).float().square().sum().backward()
         except Exception as error:  # a kernel that lacks an operator for this card says so in its own kinds
-            lines = str(error).splitlines() or [type(error).__name__]
-            return f"fails with {size} channels a head in {str(dtype).removeprefix('torch.')} ({lines[0]})"
+            return f"fails with {size} channels a head in {str(dtype).removeprefix('torch.')} ({reason(error)})"
         if not all(isinstance(x.grad, Tensor) and bool(x.grad.isfinite().all()) for x in (q, k, v)):
             return f"has no finite gradient with {size} channels a head"
     return None
@@ -128,7 +127,7 @@ def _set(network: nn.Module, kernel: str) -> None:
         try:
             network.set_attention_backend(BACKENDS[kernel])  # type: ignore[operator]
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"attention {kernel}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"attention {kernel}: {reason(error)}") from error
     for module in modules:
         swap = CLASSES[kernel].get(type(module.processor).__name__)
         if swap is not None:

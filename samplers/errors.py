@@ -10,6 +10,11 @@ class UserError(ValueError):
     """What is wrong, where, and what would be right, in one line."""
 
 
+def reason(error: BaseException) -> str:
+    """The first line of what an error says that is not empty, or else its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 @contextmanager
 def one_line(said: str) -> Iterator[None]:
     """Within the block any error, as diffusers, transformers, peft, safetensors and the hub each have their own, is one line."""
@@ -18,6 +23,5 @@ def one_line(said: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        kind = type(error).__name__
-        raise UserError(f"{said}: {kind}: {lines[0] if lines else 'no message'}") from error
+        kind, why = type(error).__name__, reason(error)
+        raise UserError(f"{said}: {kind}" + (f": {why}" if why != kind else "")) from error

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, reason
 
 KERNELS = ("XFormers", "Flash", "NPU")
 """Part of the names of diffusers' attention processors that call a kernel from outside torch themselves."""
@@ -44,7 +44,7 @@ def forward_mode(networks: Iterable[nn.Module]) -> Iterator[None]:
         except RuntimeError as error:
             if not any(part in str(error) for part in UNKNOWN):
                 raise
-            raise UserError(f"no forward-mode derivative: {str(error).splitlines()[0]}") from error
+            raise UserError(f"no forward-mode derivative: {reason(error)}") from error
 
 
 def _prepare(network: nn.Module, stack: ExitStack) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, reason
 
 
 def is_hub_id(source: str) -> bool:
@@ -25,4 +25,4 @@ def index_from_hub(source: str, revision: str | None) -> str:
     except LocalEntryNotFoundError as error:
         raise UserError(f"{source}: no such folder, not in the hub cache, and the hub cannot be reached") from error
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"{source}: the hub answered: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{source}: the hub answered: {reason(error)}") from error

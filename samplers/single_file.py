@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, reason
 
 SUFFIX = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -49,7 +49,7 @@ def shapes(file: str) -> dict[str, torch.Tensor]:
         with safe_open(file, "pt") as content:
             found = {k: torch.empty(content.get_slice(k).get_shape(), device="meta") for k in content.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: cannot be read as {SUFFIX} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{file}: cannot be read as {SUFFIX} ({reason(error)})") from error
     # what diffusers does not know it takes for SD 1
     if infer_diffusers_model_type(found) == "v1" and not any(k.startswith("model.diffusion_model.") for k in found):
         raise UserError(f"{file}: no checkpoint of a known model; a LoRA stands behind its pipeline, PIPELINE+{file}")

@@ -10,7 +10,7 @@ from torch import nn
 
 from fewstep.samplers import single_file
 from fewstep.samplers.denoisers.base import Denoiser
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, reason
 from fewstep.samplers.load import config_of, denoiser_of, index_of, load_pipeline, resolve
 from fewstep.samplers.manifest import holds_lora, read_manifest
 
@@ -44,5 +44,4 @@ def _module(source: str, name: str, cls: Any, revision: str | None) -> nn.Module
         with torch.device("meta"):
             return cls(config)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{source}: the config of its {name} cannot be read ({lines[0]})") from error
+        raise UserError(f"{source}: the config of its {name} cannot be read ({reason(error)})") from error
