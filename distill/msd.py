@@ -1,7 +1,8 @@
 """Several students, each distilled on a part of the prompts (multi-student distillation, arXiv:2410.23274).
 
-Parts are clusters of the prompts' embeddings, balanced to equal shares, or blocks of classes. Every part is an ordinary
-run of the config's own method, on its own prompts alone, one after the other; then they are put together with the router.
+Parts are clusters of the prompts' embeddings, balanced to equal shares, or blocks of classes; an image goes with its caption.
+Every part is an ordinary run of the config's own method, on its own samples alone, one after the other; then they are put
+together with the router.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from torch import Tensor
 from fewstep.distill import cache, checkpoint, run
 from fewstep.distill import data as data_sets
 from fewstep.distill.config import ConfigError, TrainConfig
-from fewstep.distill.data import DataSet, Prompts
-from fewstep.distill.methods import distiller
+from fewstep.distill.data import DataSet
 from fewstep.distill.random import generator
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.errors import UserError
@@ -31,21 +31,37 @@ BALANCE_STEPS, CLOSE, LIMIT = 3000, 0.02, 0.2
 """Balancing ends where every share is within CLOSE of 1/P, relatively; one further off than LIMIT at the end is refused."""
 
 
-class Part(Prompts):
-    """Some captions, each as often as the data draws it."""
+class Part:
+    """Some samples of a data set, each with the caption that was drawn for it, images along with it where there are some.
 
-    def __init__(self, captions: Sequence[str], drawn: Sequence[int]):
+    Args:
+        data: the whole.
+        samples: numbers of those that are in this part.
+        drawn: the caption of each of these, by its index in the data's.
+    """
+
+    def __init__(self, data: DataSet, samples: Sequence[int], drawn: Sequence[int]):
         kept = sorted(set(drawn))
-        super().__init__([captions[k] for k in kept])
         index = {k: i for i, k in enumerate(kept)}
-        self.drawn = [index[k] for k in drawn]
-        self.bucket_of = [0] * len(self.drawn)
+        self.data, self.samples, self.drawn = data, list(samples), [index[k] for k in drawn]
+        self.captions = [data.captions[k] for k in kept]
+        self.has_images, self.buckets = data.has_images, data.buckets
+        self.bucket_of = [data.bucket_of[i] for i in self.samples]
 
     def __len__(self) -> int:
-        return len(self.drawn)
+        return len(self.samples)
 
     def caption(self, i: int, u: float) -> int:
         return self.drawn[i]
+
+    def image(self, i: int) -> Tensor:
+        return self.data.image(self.samples[i])
+
+    def sizes(self, i: int) -> list[int]:
+        return self.data.sizes(self.samples[i])
+
+    def content(self, i: int) -> str:
+        return self.data.content(self.samples[i])
 
 
 def clusters(rows: Tensor, weights: Tensor, parts: int, seed: int) -> Tensor:
@@ -134,12 +150,6 @@ def train_parts(config: TrainConfig, parts: int, resume: bool = False, data: Dat
         raise ConfigError(
             "config: parts: students are trained one after the other by one process; launch without others"
         )
-    if "images" in distiller(config.method).needs_of(config):
-        raise ConfigError(
-            f"config: parts: prompts are split, and method {config.method} needs images here; leave out its GAN"
-        )
-    if config.aspect_ratio_buckets:
-        raise ConfigError("config: parts: prompts are split, and aspect_ratio_buckets sorts images; leave it out")
     folder = config.run_dir
     if (folder / ROUTER).is_file() and not resume:
         raise UserError(f"{folder}: holds a run already; --resume continues it, name=OTHER starts another")
@@ -157,7 +167,7 @@ def train_parts(config: TrainConfig, parts: int, resume: bool = False, data: Dat
 
 
 def _split(config: TrainConfig, parts: int, data: DataSet | None) -> tuple[Router, list[Part]]:
-    """The router, from the folder if one is there, and the prompts of each part."""
+    """The router, from the folder if one is there, and the samples of each part."""
     teacher = load(config.teacher, config.revision, config.variant)
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
     if len(teacher.networks) > 1:
@@ -171,10 +181,10 @@ def _split(config: TrainConfig, parts: int, data: DataSet | None) -> tuple[Route
     if router.parts != parts:
         raise UserError(f"{path}: of {router.parts} parts, the config has {parts}; start anew under another name=")
     of = torch.cat([router.of(condition) for condition in conditions])
-    lists = [law[of[law] == i].tolist() for i in range(parts)]
-    if not all(lists):
-        raise UserError(f"parts {parts}: no prompt falls into part {[bool(own) for own in lists].index(False)}")
-    return router, [Part(data.captions, own) for own in lists]
+    samples = [(of[law] == i).nonzero()[:, 0].tolist() for i in range(parts)]
+    if not all(samples):
+        raise UserError(f"parts {parts}: no prompt falls into part {[bool(own) for own in samples].index(False)}")
+    return router, [Part(data, own, law[own].tolist()) for own in samples]
 
 
 def _fit(config: TrainConfig, parts: int, conditions: Sequence[Condition], law: Tensor) -> Router:

@@ -113,7 +113,7 @@ def test_classes_are_blocks():
 
 def test_a_part_draws_captions_as_the_data_does():
     """Repeated ones as often; the embedded prompts at their levels of detail."""
-    part = msd.Part(["a", "b", "c"], [2, 0, 2, 2])
+    part = msd.Part(Prompts(["a", "b", "c"]), [2, 0, 2, 2], [2, 0, 2, 2])
     assert part.captions == ["a", "c"]
     assert [part.captions[part.caption(i, 0.5)] for i in range(len(part))] == ["c", "a", "c", "c"]
     assert msd.drawn(Prompts(["x", "y"]), 0) == [0, 1]
@@ -207,6 +207,36 @@ def test_a_part_is_the_plain_method_on_its_prompts(several: Path, base: Path):
         assert not (plain / "student/router.safetensors").exists()
 
 
+class Captioned(Prompts):
+    """A plain colour for each prompt, which says which it is."""
+
+    has_images = True
+
+    def __init__(self, captions: list[str]):
+        super().__init__(captions)
+        self.buckets = [(16, 16)]
+
+    def image(self, i: int) -> Tensor:
+        return torch.full((3, 16, 16), PROMPTS.index(self.captions[i]) / len(PROMPTS))
+
+    def sizes(self, i: int) -> list[int]:
+        return [16, 16, 0, 0, 16, 16]
+
+
+def test_a_gan_sees_images_of_its_part_alone(base: Path):
+    """An image goes with its caption: each student is, bit for bit, that of a run on these images."""
+    gan = {"gan_weight": 0.1, "train_data": "in memory", "prompts": None}
+    whole = run.train(settings(base, name="gan", **gan), data=Captioned(PROMPTS))
+    denoiser, _ = load_student(whole)
+    assert denoiser.router is not None
+    part = denoiser.router.of(denoiser.encode(PROMPTS)).tolist()
+    for i in range(2):
+        own = Captioned([p for p, k in zip(PROMPTS, part, strict=True) if k == i])
+        plain = run.train(settings(base, name=f"gan-{i}", parts=1, **gan), data=own)
+        found, wanted = weights(whole / f"student/student_{i}"), weights(plain / "student")
+        assert all(torch.equal(found[k], v) for k, v in wanted.items())
+
+
 def test_an_interrupted_run_goes_on_in_its_part(base: Path, several: Path, monkeypatch: pytest.MonkeyPatch):
     """Killed before the second part: the first is not trained again, and the whole is that of a straight run."""
     kind = read_manifest(several / "student").kind
@@ -263,10 +293,6 @@ def test_the_folder_is_exported_whole(several: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (
-            {"gan_weight": 0.1, "train_data": "embedded:emoji"},
-            "parts: prompts are split, and method dmd2 needs images here",
-        ),
         ({"parts": 9}, "parts 9: there are only 8 different prompts"),
         ({"parts": 3}, "parts 3: the prompts fall into parts of unlike size, .*; take fewer parts"),
     ],
