@@ -71,4 +71,4 @@ def draw(
         **{"guidance": sampler.guidance, "scheduler": sampler.scheduler},
         **{"seconds_per_image": usual["seconds_per_image"], "n": len(prompts), "cost": table},
     }
-    return Row(row, store.files, prompts.prompts, prompts.groups, same_noise=True)
+    return Row(row, store.files, prompts.prompts, prompts.groups, same_noise=True, clips=first.ndim == 5)

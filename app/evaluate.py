@@ -14,7 +14,7 @@ from fewstep.app import page
 from fewstep.app.drawing import draw
 from fewstep.app.processes import Processes
 from fewstep.app.rows import Row, folder_row, is_images, real_row
-from fewstep.app.store import read, read_batches
+from fewstep.app.store import check_out, read_batches
 from fewstep.distill import picture
 from fewstep.distill.evaluation import (
     REAL_SEED,
@@ -31,13 +31,12 @@ from fewstep.distill.evaluation import (
 )
 from fewstep.distill.evaluation import figures as of_pictures
 from fewstep.distill.judges import Judges, one_line
-from fewstep.distill.metric_names import EMOJI, METRICS, Weights, check, usable
+from fewstep.distill.metric_names import EMOJI, METRICS, Weights, check, fewest, usable
 from fewstep.distill.prompt_sets import prompt_set
 from fewstep.distill.references import CACHE, read_reference
 from fewstep.distill.report import COLUMNS, finite, write_json
 from fewstep.distill.seen import Seen, figures, see, see_prompt
 from fewstep.distill.table import label, labels, show
-from fewstep.metrics.frechet import FEWEST
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import class_of, family, load_student, parts
 from fewstep.samplers.manifest import read_manifest
@@ -94,7 +93,7 @@ def grid(rows: Sequence[Row]) -> tuple[list[tuple[str, str, Tensor]], list[str]]
     lines = []
     for row, said in zip(rows, labels([row.row for row in rows]), strict=True):
         guided = f"\nguidance {row.row['guidance']:g}" if row.row["role"] == "teacher" else ""
-        lines.append((said, f"{row.row['scheduler']}{guided}", read(row.files[:COLUMNS])))
+        lines.append((said, f"{row.row['scheduler']}{guided}", row.images(range(min(COLUMNS, len(row.files))))))
     return lines, list(rows[0].prompts or [])[:COLUMNS]
 
 
@@ -103,6 +102,7 @@ class Evaluation:
 
     def __init__(self, request: Request):
         self.request, self.processes = request, Processes()
+        check_out(request.out)
         self.students = {s: read_manifest(f) for s in request.sources if (f := student_folder(s)) is not None}
         self.folders = [s for s in request.sources if s not in self.students and is_images(s)]
         for manifest in self.students.values():
@@ -152,11 +152,9 @@ class Evaluation:
         check(self.names, given, self.prompts.name)
         if self.request.reference == "teacher" and not self.sampled:
             raise UserError("--reference teacher: folders of images have no teacher; name a pipeline or a student too")
-        endless = [n for n in self.names if n.endswith("_infinity")]
-        if endless and self.sampled and len(self.prompts) < FEWEST:
-            raise UserError(
-                f"metric {endless[0]}: extrapolates from {FEWEST} images or more; say --num {FEWEST} or more"
-            )
+        for name in self.names if self.sampled else []:
+            if len(self.prompts) < (least := fewest(name)):
+                raise UserError(f"metric {name}: needs {least} images or more; say --num {least} or more")
         if not self.names:
             raise UserError("--metrics: none suits folders of images alone; say e.g. --metrics fid --reference FOLDER")
 
@@ -187,7 +185,10 @@ class Evaluation:
     def _rows(self, source: str) -> Iterator[Row]:
         if source in self.folders:
             with one_line():
-                yield folder_row(source, any("clips" in METRICS[n].needs for n in self.names))
+                row = folder_row(source, self.names)
+            self._kind(row.clips)
+            self._note(row, row.lacks)
+            yield row
             return
         counts = sorted(set(self.request.steps), reverse=True)
         if source in self.students:
@@ -200,10 +201,7 @@ class Evaluation:
                 yield self._draw(teacher.sampler(k, **self._how(source)))
 
     def _how(self, source: str | None) -> dict[str, Any]:
-        """Guidance, scheduler and timesteps of a pipeline, None: of the teacher that others are compared with.
-
-        They are those of pipelines with a LoRA, where there are some, and else of all.
-        """
+        """Of a pipeline, None: of the teacher to compare with. As asked, but where some have a LoRA, of those alone."""
         request = self.request
         distilled = any(parts(s)[1] for s in self.sampled)
         if distilled and (source is None or not parts(source)[1]):
@@ -232,7 +230,8 @@ class Evaluation:
         if self.real is not None:
             same_size(image, self.prompts, self.real)
         self._kind(image.ndim == 5)
-        see(Seen(), image, [0], [n for n in self.names if n not in EMOJI], self.judges, self.prompts.prompts[:1])
+        names, target = [n for n in self.names if n not in EMOJI], self.target and self.target[0].images([0])
+        see(Seen(), image, [0], names, self.judges, self.prompts.prompts[:1], target)
 
     def _kind(self, clips: bool) -> None:
         given = set().union(*(METRICS[n].needs for n in self.names)) - {"images", "clips"}
@@ -245,28 +244,28 @@ class Evaluation:
         if row.row["role"] == "reference":
             names = [n for n in names if n in EMOJI]
         seen = Seen()
-        targets = self.target[0].files if self.target and row.same_noise else None
+        targets = self.target[0] if self.target and row.same_noise else None
         size, n = self.request.judge_batch, len(row.files)
         chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
         numbers = [i for chunk in self.processes.share(chunks) for i in chunk]
         network = [n for n in names if n not in EMOJI]
         with self.processes.bar(len(numbers), f"judging {label(row.row)}") as progress, one_line():
-            for keys, images in read_batches(row.files, numbers, size):
+            for keys, images in read_batches(row.files, numbers, size, row.clips):
                 prompts = [row.prompts[i] for i in keys] if row.prompts else None
-                target = read([targets[i] for i in keys]) if targets else None
+                target = targets.images(keys) if targets else None
                 see(seen, images, keys, network, self.judges, prompts, target)
                 if progress is not None:
                     progress(len(keys))
             if row.groups and any("variants" in METRICS[n].needs for n in network):
                 for group, members in self.processes.share(list(row.members().items())):
-                    see_prompt(seen, read([row.files[i] for i in members]), group, network, self.judges)
+                    see_prompt(seen, row.images(members), group, network, self.judges)
         seen = self.processes.together(seen)
         if self.processes.first:
             teacher = self.target[1] if self.target and row.same_noise else None
             found, notes = figures(network, seen, self.judges, row.groups, reference, teacher)
             drawings = [n for n in names if n in EMOJI]
             if drawings and row.row["role"] != "folder":
-                found |= of_pictures(pictures := read(row.files), self.prompts, drawings, self.real)
+                found |= of_pictures(pictures := row.images(range(n)), self.prompts, drawings, self.real)
                 if row.same_noise and "clip_emoji" in drawings:
                     from fewstep.metrics.emoji.metrics import followed
 
@@ -274,15 +273,18 @@ class Evaluation:
             found = {n: found[n] for n in self.names if n in found}
             row.row["metrics"] = {k: {"value": finite(v), "stderr": finite(e)} for k, (v, e) in found.items()}
             row.scores = seen.scores
-            self.notes += [f"{label(row.row)}: {line}" for line in notes]
-            for line in notes:
-                self.processes.say(f"note: {label(row.row)}: {line}")
+            self._note(row, notes)
             cost = row.row["seconds_per_image"]
             said = "" if cost is None else f", {cost:.3f} s an image"
             took = time.monotonic() - began
             self.processes.say(f"report: {label(row.row)}: {len(row.files)} images{said}, judged in {took:.0f} s")
         self.rows.append(row)
         return seen
+
+    def _note(self, row: Row, lines: Sequence[str]) -> None:
+        self.notes += [f"{label(row.row)}: {line}" for line in lines]
+        for line in lines:
+            self.processes.say(f"note: {label(row.row)}: {line}")
 
     def report(self) -> dict[str, Any]:
         """What report.json holds."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fewstep.app.plot import legend, plot
 from fewstep.app.rows import Row
-from fewstep.app.store import read
 from fewstep.distill import checkpoint
 from fewstep.distill.metric_names import METRICS, OF_PROMPTS
 from fewstep.distill.picture import frames, to_image
@@ -171,7 +170,7 @@ def _grid(rows: Sequence[Row], names: Sequence[str]) -> str:
     heads = "".join(f"<th>{escape(p)}</th>" for p in list(shown[0][0].prompts or [])[:COLUMNS])
     lines = []
     for row, name in shown:
-        pictures = "".join(f"<td>{_picture(x, SHOWN)}</td>" for x in read(row.files[:COLUMNS]))
+        pictures = "".join(f"<td>{_picture(x, SHOWN)}</td>" for x in row.images(range(min(COLUMNS, len(row.files)))))
         said = row.row["scheduler"] + (f"<br>guidance {row.row['guidance']:g}" if row.row["role"] == "teacher" else "")
         lines.append(f"<tr><td>{escape(name)}<br><small>{said}</small></td>{pictures}</tr>")
     return (
@@ -204,7 +203,7 @@ def _extremes(rows: Sequence[Row], names: Sequence[str]) -> str:
 
 def _figures(row: Row, groups: Sequence[int], means: dict[int, float]) -> str:
     members = row.members()
-    images = read([row.files[members[g][0]] for g in groups]) if groups else []
+    images = row.images(members[g][0] for g in groups) if groups else []
     found = []
     for image, group in zip(images, groups, strict=True):
         prompt = (row.prompts or [])[members[group][0]]

@@ -40,7 +40,7 @@ def plot(
     def down(y: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - low) / (high - low)
 
-    parts = [f'<text x="{LEFT}" y="16" font-size="13" font-weight="600">{escape(title)}</text>']
+    parts = [f'<text x="4" y="16" font-size="13" font-weight="600">{escape(title)}</text>']  # from the edge: long names
     for y in ticks(low, high):
         at = down(y)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}" stroke="var(--line)"/>')
@@ -110,6 +110,6 @@ def _marks(first: float, last: float, points: Sequence[float]) -> list[float]:
     """Values of x that are written under the axis: those of points that are apart enough."""
     kept: list[float] = []
     for x in points:
-        if not kept or math.log(x / kept[-1]) > 0.09 * math.log(last / first):
+        if not kept or math.log(x / kept[-1]) > 0.15 * math.log(last / first):
             kept.append(x)
     return kept

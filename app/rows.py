@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fewstep.app.processes import Processes
-from fewstep.app.store import Cost, Store
+from fewstep.app.store import Cost, Store, read
+from fewstep.distill.metric_names import GIVEN, METRICS, fewest
 from fewstep.distill.prompt_sets import PromptSet
+from fewstep.distill.sources import read_text
 from fewstep.metrics.clips import clip_paths
 from fewstep.metrics.images import image_files
 from fewstep.metrics.scores import Scores
@@ -30,6 +34,8 @@ class Row:
         groups: number of each image's prompt.
         same_noise: whether image i is drawn from the noise that image i of the others is drawn from.
         scores: values of single images and prompts.
+        clips: whether the files are clips: the name does not tell, a GIF, PNG or WebP may be either.
+        lacks: lines on figures that a folder has no prompts for.
     """
 
     row: dict[str, Any]
@@ -38,6 +44,12 @@ class Row:
     groups: Sequence[int] | None = None
     same_noise: bool = False
     scores: Scores = field(default_factory=Scores)
+    clips: bool = False
+    lacks: Sequence[str] = ()
+
+    def images(self, numbers: Iterable[int]) -> Tensor:
+        """Images (N, 3, H, W) or clips (N, F, 3, H, W) of these numbers, of one size, uint8."""
+        return read([self.files[i] for i in numbers], self.clips)
 
     def given(self) -> set[str]:
         """What this row has for figures that need it."""
@@ -59,21 +71,33 @@ def is_images(source: str) -> bool:
     return folder.is_dir() and not any((folder / name).is_file() for name in others)
 
 
-def folder_row(source: str, clips: bool = False) -> Row:
-    """A folder of ready images; their prompts stand in NAME.txt beside each, or are not known."""
+def folder_row(source: str, names: Sequence[str]) -> Row:
+    """A folder of ready images or clips; their prompts stand in NAME.txt beside each, or are not known.
+
+    Raises:
+        UserError: too few images for a figure, or no prompts for any of the figures.
+    """
+    clips = any("clips" in METRICS[n].needs for n in names)
     files = clip_paths(source) if clips else image_files(source)
     if len(files) < 2:
         raise UserError(f"{source}: holds {len(files)} image; figures need two or more")
-    sidecars = [f.with_suffix(".txt") for f in files]
-    prompts = None
-    if all(s.is_file() for s in sidecars):
-        prompts = [s.read_text(encoding="utf-8").strip() for s in sidecars]
-    groups = None
-    if prompts:
-        numbers = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-        groups = [numbers[p] for p in prompts]
+    for name in (n for n in names if len(files) < fewest(n)):
+        raise UserError(f"{source}: holds {len(files)} images; {name} needs {fewest(name)} or more")
+    texts = [read_text(t, "prompt").strip() if (t := f.with_suffix(".txt")).is_file() else "" for f in files]
+    prompts = texts if all(texts) else None
+    numbers = {p: i for i, p in enumerate(dict.fromkeys(prompts or []))}
+    groups = [numbers[p] for p in prompts] if prompts else None
     row = {"source": source, "role": "folder", "steps": 0, "nfe": None, "guidance": None, "scheduler": None}
-    return Row(row | {"seconds_per_image": None, "n": len(files)}, files, prompts, groups)
+    found = Row(row | {"seconds_per_image": None, "n": len(files)}, files, prompts, groups, clips=clips)
+    if lacking := [n for n in names if METRICS[n].needs & {"prompts", "variants"} - found.given()]:
+        line = f"{', '.join(lacking)}: no two images have one prompt"
+        if prompts is None:
+            first = next(f for f, text in zip(files, texts, strict=True) if not text)
+            line = f"{', '.join(lacking)}: needs {GIVEN['prompts']}, and {first} has none"
+        if lacking == list(names):
+            raise UserError(f"{source}: {line}")
+        found.lacks = [line]
+    return found
 
 
 def real_row(root: Path, prompts: PromptSet, seed: int, processes: Processes) -> Row:

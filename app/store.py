@@ -9,6 +9,7 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,22 @@ from torch import Tensor
 
 from fewstep.distill import checkpoint
 from fewstep.metrics import clips
-from fewstep.metrics.clips import FRAMES, read_clip
+from fewstep.metrics.clips import read_clip
 from fewstep.metrics.images import batches, read_image
+from fewstep.samplers.errors import UserError
 
 ABOUT, COSTS, PROMPTS = "about.json", "costs", "prompts.txt"
+
+
+def check_out(out: Path) -> None:
+    """UserError for a report's file that could not be written, before anything is drawn for it."""
+    if out.suffix in (others := (".md", ".html", ".png", ".images")):
+        raise UserError(f"--out {out}: names the .json; {', '.join(others)} stand beside it")
+    if out.is_dir():
+        raise UserError(f"--out {out}: a folder; name a file in it, e.g. {out / 'report.json'}")
+    with checkpoint.writing(out, "name another file with --out"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out.parent).close()
 
 
 class Cost(NamedTuple):
@@ -122,21 +135,19 @@ def _png(image: Tensor, path: Path) -> None:
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(path, "PNG", compress_level=1)
 
 
-def read(files: Sequence[Path]) -> Tensor:
-    """Images (N, 3, H, W) or clips (N, F, 3, H, W) of one size, uint8."""
-    return torch.stack([read_clip(f) if _is_clip(f) else read_image(f) for f in files])
+def read(files: Sequence[Path], moving: bool = False) -> Tensor:
+    """Images (N, 3, H, W), or where they are `moving` clips (N, F, 3, H, W), of one size, uint8."""
+    return torch.stack([read_clip(f) if moving else read_image(f) for f in files])
 
 
-def read_batches(files: Sequence[Path], numbers: Sequence[int], size: int) -> Iterator[tuple[list[int], Tensor]]:
+def read_batches(
+    files: Sequence[Path], numbers: Sequence[int], size: int, moving: bool = False
+) -> Iterator[tuple[list[int], Tensor]]:
     """(numbers, images) of some of the files, at most `size` at once, of one size and length each."""
     done = 0
     if not numbers:
         return
     some = [files[i] for i in numbers]
-    for images in clips.batches(some, size) if _is_clip(some[0]) else batches(some, size):
+    for images in clips.batches(some, size) if moving else batches(some, size):
         yield list(numbers[done : done + len(images)]), images
         done += len(images)
-
-
-def _is_clip(path: Path) -> bool:
-    return path.is_dir() or path.suffix.lower() not in (*FRAMES, ".tif", ".tiff")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -101,18 +102,20 @@ class Judges:
 
     @cached_property
     def hps(self) -> Callable[[Tensor, Sequence[str]], Tensor]:
-        from fewstep.metrics.aesthetic import hps, installed
+        from fewstep.metrics.aesthetic import HPS, hps, installed
 
         with one_line():
             installed("hpsv2.img_score", "hpsv2", "hps")
+        if (file := self.weights.hps_weights) is not None and not Path(file).is_file():
+            raise UserError(f"hps: no file {file}; run: {HPS} (here: {self.spelt('hps_weights')} FILE)")
         return lambda images, prompts: hps(images, prompts, self.weights.hps_weights)
 
     @cached_property
     def image_reward(self) -> Callable[[Tensor, Sequence[str]], Tensor]:
-        from fewstep.metrics.aesthetic import image_reward, installed
+        from fewstep.metrics.aesthetic import image_reward, load_reward
 
         with one_line():
-            model = installed("ImageReward", "image-reward", "image_reward").load("ImageReward-v1.0")
+            model = load_reward()
         return lambda images, prompts: image_reward(images, prompts, model)
 
     def load(self, names: Sequence[str]) -> None:

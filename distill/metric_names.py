@@ -193,6 +193,13 @@ def usable(names: Sequence[str], given: Collection[str]) -> list[str]:
     return [name for name in names if METRICS[name].needs <= set(given)]
 
 
+def fewest(name: str) -> int:
+    """Images that a figure needs of a row: more than five neighbours, ten splits, or ten groups of two to extrapolate."""
+    if name.endswith("_infinity"):
+        return 20
+    return 10 if name == "is" else 6 if METRICS[name].network == MANIFOLD else 2
+
+
 def table() -> list[list[str]]:
     """A row for each figure: name, what it says, the network that judges, what else it needs, which way is better."""
     rows = [["metric", "what it says", "network", "needs", "better"]]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from fewstep.distill.judges import Judges, one_line
-from fewstep.distill.metric_names import CLIP_SPACES, FRECHET, METRICS
+from fewstep.distill.metric_names import CLIP_SPACES, FRECHET, METRICS, fewest
 from fewstep.distill.seen import Seen
 from fewstep.metrics import clips, images
 from fewstep.metrics.features import Features, Kept, Read, extract
@@ -44,6 +46,10 @@ def read_reference(source: str, names: Sequence[str], judges: Judges, cache: Pat
     if not path.is_dir():
         raise UserError(f"--reference {source}: neither a folder of images, nor a .npz of mu and sigma, nor teacher")
     with one_line():
+        for name in needy:
+            files = clips.clip_paths(path) if "clips" in METRICS[name].needs else image_files(path)
+            if len(files) < (least := 2 if name in FRECHET else fewest(name)):
+                raise UserError(f"--reference {source}: holds {len(files)} of {least} or more that {name} needs")
         kept = {s: _keep(judges, s, path, batch) for s in kept_spaces}
         found: dict[str, Gaussian] = {s: moments(kept[s].tensor()) for s in moment_spaces if s in kept}
         for space in set(moment_spaces) - set(found):
@@ -76,7 +82,15 @@ def _published(known: Statistics, spaces: Sequence[str], judges: Judges, source:
         # clips of another length are refused when figures are read
         if known.features and not (known.features == name or known.features.startswith(f"{name}-")):
             raise UserError(f"{source}: statistics of {known.features}; this evaluation needs {name}")
+        if (width := _width(judges, space)) != len(known.mean):
+            raise UserError(f"{source}: mu of {len(known.mean)} features; {name} has {width}")
     return Seen(published=dict.fromkeys(spaces, known))
+
+
+def _width(judges: Judges, space: str) -> int:
+    """Features of a space: of a grey image, or a grey clip of 16 frames."""
+    shape = (1, 16, 3, 64, 64) if space == "i3d" else (1, 3, 64, 64)
+    return judges.space(space)(torch.full(shape, 128, dtype=torch.uint8)).shape[1]
 
 
 def _keep(judges: Judges, space: str, folder: Path, batch: int) -> Kept:

@@ -6,7 +6,8 @@ which bring old versions of others; they are used when installed and are no requ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,12 @@ PUBLISHED = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac+logos+ava1-l14-linearMSE.pth",
 )
 """LAION's heads on ViT-L/14 of OpenAI: version 1, one linear layer, and version 2, five."""
+HPS = "hf download xswu/HPSv2 HPS_v2.1_compressed.pt; hf download laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+REWARD = (
+    "hf download THUDM/ImageReward ImageReward.pt med_config.json --local-dir ~/.cache/ImageReward; "
+    "hf download bert-base-uncased"
+)
+"""What brings the weights that the two packages would download."""
 LAYERS = (0, 2, 4, 6, 7)
 """Places of version 2's linear layers in its file; between them stood dropout, and no activation."""
 
@@ -83,7 +90,8 @@ def hps(images: Tensor, prompts: Sequence[str], weights: str | Path | None = Non
     for prompt in dict.fromkeys(prompts):  # the package reads its checkpoint at every call
         rows = [i for i, other in enumerate(prompts) if other == prompt]
         cp = None if weights is None else str(weights)
-        found = scorer.score([_picture(images[i]) for i in rows], prompt, cp=cp, hps_version=version)
+        with weights_of("hps", HPS):
+            found = scorer.score([_picture(images[i]) for i in rows], prompt, cp=cp, hps_version=version)
         values[rows] = torch.tensor([float(value) for value in found])
     return values
 
@@ -98,10 +106,27 @@ def image_reward(images: Tensor, prompts: Sequence[str], model: Any = "ImageRewa
     """
     _check(images, prompts)
     if isinstance(model, str):
-        model = installed("ImageReward", "image-reward", "image_reward").load(model)
+        model = load_reward(model)
     with torch.no_grad():
         rewards = [model.score(prompt, _picture(x)) for prompt, x in zip(prompts, images, strict=True)]
     return torch.tensor(rewards, dtype=torch.float32)
+
+
+def load_reward(name: str = "ImageReward-v1.0") -> Any:
+    """ImageReward's network by its package. Raises ValueError where its weights or the package are not here."""
+    package = installed("ImageReward", "image-reward", "image_reward")
+    with weights_of("image_reward", REWARD):
+        return package.load(name)
+
+
+@contextmanager
+def weights_of(metric: str, command: str) -> Iterator[None]:
+    """What a package raises that finds no weights (errors of files, the hub and requests), as ValueError of one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"{metric}: the weights cannot be had ({reason}); run: {command}") from error
 
 
 def _check(images: Tensor, prompts: Sequence[str]) -> None:

@@ -82,6 +82,8 @@ class Kept:
                 f"needs features (B, D) of one D and B keys; got {tuple(features.shape)} after (B, {known[-1]}) and "
                 f"{len(numbers)} keys"
             )
+        if len(broken := (~features.isfinite()).any(1).nonzero().flatten()):
+            raise ValueError(f"features {self.features} of image {int(numbers[broken[0]])} are not finite")
         self._rows.append(features.detach().cpu())
         self._keys.append(numbers)
 

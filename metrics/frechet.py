@@ -212,11 +212,12 @@ def stderr(statistic: Callable[..., float], *sizes: int, resamples: int = 50, se
 def frechet_figure(samples: Running, reference: Gaussian) -> tuple[float, float]:
     """Squared Frechet distance and its standard error, by leaving out one group of the samples at a time.
 
-    The error is of the samples alone: the reference is taken as given. Warns where the samples are too few.
+    The error is of the samples alone: the reference is taken as given; NaN for two samples. Warns where they are too few.
     """
     warn_if_few(samples.moments(), reference)
     at, everyone = _distances(samples, reference)
-    return at(everyone), _jackknife(at, everyone)
+    left = samples.n - max(group.n for group in samples.groups())
+    return at(everyone), _jackknife(at, everyone) if left > 1 else float("nan")
 
 
 def frechet_infinity(samples: Running, reference: Gaussian) -> tuple[float, float]:

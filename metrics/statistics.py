@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -53,12 +54,20 @@ def of_images(features: Features, source: Source, batch: int = 64, read: Read = 
 
 
 def cached(features: Features, source: Source, folder: str | Path, batch: int = 64, read: Read = batches) -> Statistics:
-    """`of_images`, kept in a folder under the name of the feature space and the hash of the images."""
+    """`of_images`, kept in a folder under the name of the feature space and the hash of the images.
+
+    Where the folder cannot be written they are made again the next time, and a warning says so.
+    """
     name = re.sub(r"[^\w.-]+", "_", features.name)
     path = Path(folder) / f"{name}-{content_hash(source)[:16]}.npz"
-    if not path.is_file():
-        save(of_images(features, source, batch, read), path)
-    return load(path)
+    if path.is_file():
+        return load(path)
+    found = of_images(features, source, batch, read)
+    try:
+        save(found, path)
+    except OSError as error:
+        warnings.warn(f"{path}: cannot be kept ({error.strerror}); made again the next time", stacklevel=2)
+    return found
 
 
 def content_hash(source: Source) -> str:

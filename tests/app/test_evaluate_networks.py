@@ -55,6 +55,7 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor = BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor.save_pretrained(folder / "dino")
     torch.jit.script(Script()).save(str(folder / "i3d.pt"))
+    (folder / "w.pt").touch()
     packages = folder / "packages"
     (packages / "hpsv2").mkdir(parents=True)
     (packages / "hpsv2" / "__init__.py").write_text("")
@@ -91,7 +92,7 @@ def options(networks: Path, out: Path, metrics: str, *more: object) -> tuple[obj
             "--dino-model",
             networks / "dino",
         ),
-        *("--manifold-space", "dino", "--lpips-weights", networks / "alex.pth", "--hps-weights", "w.pt"),
+        *("--manifold-space", "dino", "--lpips-weights", networks / "alex.pth", "--hps-weights", networks / "w.pt"),
         *("--aesthetic-weights", networks / "head.pth", "--i3d-weights", networks / "i3d.pt"),
         *("--raft-weights", networks / "raft.pth", *more),
     )
@@ -137,7 +138,7 @@ def test_still_images(teacher: Path, networks: Path, tmp_path: Path, monkeypatch
         "diversity_lpips": variety(one),
         "diversity_lpips_ratio": variety(one) / variety(many),
         "aesthetic": aesthetic(Clip(str(networks / "clip"))(one), load_head(networks / "head.pth")).mean().item(),
-        "hps": (one[:, 0, 5, 3] + lengths + len("w.pt")).mean().item(),
+        "hps": (one[:, 0, 5, 3] + lengths + len(str(networks / "w.pt"))).mean().item(),
         "image_reward": (one[:, 1, 5, 3] - lengths).mean().item(),
     }
     found = reported(out)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.app.store import COSTS, Cost, Store, read, read_batches, summary
+from fewstep.app.store import COSTS, Cost, Store, check_out, read, read_batches, summary
+from fewstep.samplers.errors import UserError
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 6), (4, 3, 8, 6)])
@@ -18,8 +19,8 @@ def test_images_and_clips_come_back_bit_for_bit(tmp_path: Path, shape: tuple[int
         images[:, 1] = images[:, 0]
     store = Store(tmp_path, Path("a/4-steps"), {"x": 1}, 5, images.ndim == 5)
     store.add(range(5), images, Cost(5, 1.0, 20, None))
-    assert torch.equal(read(store.files), images)
-    parts = list(read_batches(store.files, [4, 0, 2], 2))
+    assert torch.equal(read(store.files, images.ndim == 5), images)
+    parts = list(read_batches(store.files, [4, 0, 2], 2, images.ndim == 5))
     assert [numbers for numbers, _ in parts] == [[4, 0], [2]]
     assert torch.equal(torch.cat([x for _, x in parts]), images[[4, 0, 2]])
 
@@ -50,3 +51,17 @@ def test_costs_are_medians_over_batches_of_a_size():
     assert nfe == 2
     assert table == [{"batch_size": 4, "seconds_per_image": 1, "images_per_second": 1, "peak_memory_bytes": 30}]
     assert [line["batch_size"] for line in summary(costs, [16])[1]] == [1, 4]
+
+
+def test_a_report_that_could_not_be_written_is_refused(tmp_path: Path):
+    """One that would be written over by what stands beside it, a folder, and one below a file."""
+    (tmp_path / "file").write_text("")
+    for name, line in (
+        ("report.md", r"--out .*report.md: names the .json; .md, .html, .png, .images stand beside it"),
+        (".", r"a folder; name a file in it, e.g. .*report.json"),
+        ("file/report.json", r"file/report.json: cannot be written \(File exists\); name another file with --out"),
+    ):
+        with pytest.raises(UserError, match=line):
+            check_out(tmp_path / name)
+    check_out(tmp_path / "new" / "report.json")
+    assert list((tmp_path / "new").iterdir()) == []

@@ -90,6 +90,27 @@ def test_every_image_is_scored_with_its_own_prompt(monkeypatch):
     torch.testing.assert_close(image_reward(images, prompts), corner - length)
 
 
+def test_weights_that_the_packages_cannot_get_are_named(monkeypatch):
+    """Packages that are there, on a machine without a network."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("An error happened\nwhile trying to locate the file")
+
+    for name, content in (("hpsv2", {}), ("hpsv2.img_score", {"score": offline}), ("ImageReward", {"load": offline})):
+        module = ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    images = noise_images(2, 8, 8)
+    for score, line in (
+        (hps, r"hps: the weights cannot be had \(An error happened while .*\); run: hf download xswu/HPSv2 "),
+        (image_reward, r"image_reward: the weights cannot be had .*; run: hf download THUDM/ImageReward "),
+    ):
+        with pytest.raises(ValueError, match=line) as caught:
+            score(images, ["a", "b"])
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def test_absent_packages_are_named(monkeypatch):
     for name in ("hpsv2", "hpsv2.img_score", "ImageReward"):
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails

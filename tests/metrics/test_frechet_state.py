@@ -116,6 +116,8 @@ def test_kept_features_know_their_images():
         alone.update(x[:, :2])
     with pytest.raises(ValueError, match="no features y were seen"):
         Kept("y").tensor()
+    with pytest.raises(ValueError, match="features x of image 8 are not finite"):
+        alone.update(torch.tensor([[0, 0, 0], [0, torch.nan, 0]]), [5, 8])
 
 
 def test_memory_does_not_grow_with_images():

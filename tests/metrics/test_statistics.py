@@ -151,6 +151,14 @@ def test_statistics_are_made_once_for_one_set_and_network(tmp_path):
     assert cached(features, source, tmp_path / "cache").n == 11
 
 
+def test_where_nothing_can_be_kept_they_are_made_all_the_same(tmp_path, statistics):
+    """A home that is no folder, as of a service's user."""
+    (tmp_path / "home").write_text("")
+    with pytest.warns(UserWarning, match=r"home/cache/corners.*npz: cannot be kept \(Not a directory\)"):
+        found = cached(Corners(), IMAGES, tmp_path / "home" / "cache")
+    assert torch.equal(found.covariance, statistics.covariance)
+
+
 def test_one_image_makes_no_statistics(tmp_path):
     with pytest.raises(ValueError, match="at least 2 images; got 1"):
         of_images(Corners(), IMAGES[:1])
