@@ -82,7 +82,7 @@ def _published(known: Statistics, spaces: Sequence[str], judges: Judges, source:
         # clips of another length are refused when figures are read
         if known.features and not (known.features == name or known.features.startswith(f"{name}-")):
             raise UserError(f"{source}: statistics of {known.features}; this evaluation needs {name}")
-        if (width := _width(judges, space)) != len(known.mean):
+        if not known.features and (width := _width(judges, space)) != len(known.mean):
             raise UserError(f"{source}: mu of {len(known.mean)} features; {name} has {width}")
     return Seen(published=dict.fromkeys(spaces, known))
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from tests.app.evaluating import Setting
 from tests.pipelines import tiny_stable_diffusion
 
 
@@ -63,6 +64,12 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipelines") / "teacher"
     tiny_stable_diffusion(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def setting(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """What evaluations of that pipeline need."""
+    return Setting(tmp_path_factory.mktemp("evaluate"), teacher)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,13 @@ def test_points_are_where_their_values_are():
 )
 def test_ticks_are_round_numbers_within(low: float, high: float, want: list[float]):
     assert ticks(low, high) == want
+
+
+def test_labels_under_the_axis_do_not_touch():
+    """Of three digits and a point they are 30 pixels wide; points keep their places."""
+    svg = plot("t", "s", {"a": [(x, x, 0) for x in (0.144, 0.268, 0.397, 0.421, 3.73)]}, {}, ["a"])
+    labels = re.findall(r'<text x="([\d.]+)" y="\d+" font-size="11" text-anchor="middle">(0?\d?\.\d+)<', svg)
+    assert [text for _, text in labels] == ["0.144", "0.268", "3.73"]
+    places = [float(x) for x, _ in labels]
+    assert min(b - a for a, b in pairwise(places)) > 32
+    assert svg.count("<circle") == 5
