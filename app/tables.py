@@ -66,9 +66,12 @@ def backbones() -> list[list[str]]:
         about = about.partition(": ")[2].rstrip(".") or about
         students = "LoRA, full" if cls.takes_lora else "LoRA*, full"
         refused = [{m for m in METHODS if why_not(default(m, kind), cls)} for kind in ("full", "lora")]
-        without, as_lora = sorted(refused[0] & refused[1]), sorted(refused[0] - refused[1])
+        without, as_lora, as_full = (
+            sorted(m) for m in (refused[0] & refused[1], refused[0] - refused[1], refused[1] - refused[0])
+        )
         methods = "all" + (f"; not {', '.join(without)}" if without else "")
         methods += f"; {', '.join(as_lora)} as LoRA alone" if as_lora else ""
+        methods += f"; {', '.join(as_full)} with full weights alone" if as_full else ""
         table.append([name, ", ".join(cls.network_names), students, methods, about])
     return table
 
