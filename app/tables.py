@@ -86,7 +86,8 @@ def remarks() -> list[str]:
     missing: dict[str, dict[str, None]] = {}
     for name in sorted(FAMILIES):
         for method in sorted(METHODS):
-            if reason := why_not(default(method, "lora"), family(name)):
+            full, reason = (why_not(default(method, kind), family(name)) for kind in ("full", "lora"))
+            if full and reason:
                 missing.setdefault(reason, {})[method] = None
     lines = ["LoRA*: the pipeline loads none, so that it is saved added into the weights, and by itself for peft"]
     return lines + [f"not {', '.join(methods)}: {reason}" for reason, methods in missing.items()]
