@@ -20,6 +20,7 @@ class Outline:
 
     lora_targets = ()
     takes_guidance = False
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.networks = {"high": torch.nn.Linear(1, 1), "low": torch.nn.Linear(1, 1)}

@@ -22,7 +22,7 @@ from fewstep.distill.objectives import regression
 from fewstep.distill.pairs import make_pairs
 from fewstep.distill.presets import DistributionMatchingConfig
 from fewstep.distill.record import Record, check_tracker, pixels_shape
-from fewstep.distill.student_start import copied, student_start
+from fewstep.distill.student_start import said, student_start
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import class_of, family, load, parts, resolve
@@ -147,7 +147,7 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     teacher.to(accelerator.device)
     networks = networks_of(config, teacher)
     if (start := networks.start["student"]) is not teacher:
-        record.say(copied(start, teacher))
+        record.say(said(config, start, teacher))
     if data is None:
         data = data_sets.data_set(config, teacher.pixels(config.height, config.width))
     buckets = data.buckets if config.aspect_ratio_buckets else ()

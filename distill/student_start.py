@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fewstep.distill.memory import call
 from fewstep.distill.train_config import TrainConfig
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.denoisers.base import Denoiser
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, one_line
 from fewstep.samplers.load import class_of, load
 from fewstep.samplers.skeleton import skeleton
 
@@ -93,7 +94,7 @@ def spread(i: int, many: int, few: int) -> int:
     return (2 * i * (many - 1) + few - 1) // (2 * (few - 1)) if few > 1 else 0
 
 
-def _lengths(names: Any) -> dict[str, int]:
+def _lengths(names: Iterable[str]) -> dict[str, int]:
     """Number of entries of each list of modules, by its name."""
     entries: dict[str, set[str]] = {}
     for key in names:
@@ -104,19 +105,17 @@ def _lengths(names: Any) -> dict[str, int]:
     return {name: max(map(int, numbers)) + 1 for name, numbers in entries.items()}
 
 
-def copied(start: Denoiser, teacher: Denoiser) -> str:
-    """A line that says how large the network is, and how much of it is the teacher's."""
+def said(config: TrainConfig, start: Denoiser, teacher: Denoiser) -> str:
+    """A line on the student's network: how large it is, and what it starts as."""
     count = total = kept = 0
     for name, network in start.networks.items():
-        own, given = network.state_dict(), bare(teacher.networks[name]).state_dict()
-        found = origins(given, own)
-        parameters = dict(network.named_parameters())
+        given, parameters = bare(teacher.networks[name]), dict(network.named_parameters())
+        found = origins(given.state_dict(), network.state_dict())
         count += sum(p.numel() for p in parameters.values())
         kept += sum(p.numel() for key, p in parameters.items() if key in found)
-        total += sum(p.numel() for p in bare(teacher.networks[name]).parameters())
-    return (
-        f"student: {count:,} parameters, {count / total:.0%} of the teacher's; {kept / count:.0%} of them start as its"
-    )
+        total += sum(p.numel() for p in given.parameters())
+    what = config.student_init or f"the teacher's where they fit, {kept / count:.0%} of them"
+    return f"student: {count:,} parameters, {count / total:.0%} of the teacher's; they start as {what}"
 
 
 def _made(of: Any, changes: dict[str, Any], device: str, seed: int) -> Any:
@@ -128,13 +127,10 @@ def _made(of: Any, changes: dict[str, Any], device: str, seed: int) -> Any:
             near = difflib.get_close_matches(key, config, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; it takes {', '.join(sorted(config))}"
             raise UserError(f"student_config: {type(of).__name__} has no {key}{hint}")
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            torch.manual_seed(seed)
-            return type(of).from_config({**config, **changes})
-    except Exception as error:  # each class checks in its own way
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"student_config: no {type(of).__name__} of it can be made ({said[0]})") from error
+    where = f"student_config: no {type(of).__name__} of it can be made"
+    with one_line(where), torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        return type(of).from_config({**config, **changes})
 
 
 def _loaded(source: str, teacher: Denoiser) -> Denoiser:
@@ -173,11 +169,7 @@ def _refuse(config: TrainConfig, key: str, start: Denoiser, teacher: Denoiser) -
             raise UserError(f"{where}: both it and the teacher's must take a guidance scale as an input, or none")
         if meta.latent_shape() != teacher.latent_shape():
             raise UserError(f"{where} is for latents {meta.latent_shape()}, and the teacher's {teacher.latent_shape()}")
-        try:
-            with torch.no_grad():
-                output = call(config, Role(meta), shape, 1)[0]()
-        except Exception as error:  # whatever layers say of shapes that do not fit
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(f"{where} cannot be called as the teacher's is ({said[0]})") from error
+        with one_line(f"{where} cannot be called as the teacher's is"), torch.no_grad():
+            output = call(config, Role(meta), shape, 1)[0]()
         if output.shape != (1, *shape):
             raise UserError(f"{where} makes {tuple(output.shape[1:])} of latents {shape}")

@@ -18,7 +18,7 @@ from fewstep.distill.config import ConfigError
 from fewstep.distill.memory import need
 from fewstep.distill.planner import plan
 from fewstep.distill.run import methods_distiller, networks_of
-from fewstep.distill.student_start import copied, origins, resized, spread, student_start
+from fewstep.distill.student_start import origins, resized, said, spread, student_start
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of, load, load_student
@@ -63,7 +63,7 @@ def states(teacher: Denoiser, student: Denoiser) -> tuple[dict[str, Any], dict[s
     return teacher.network.state_dict(), student.network.state_dict()
 
 
-def test_a_transformer_keeps_every_second_block():
+def test_a_transformer_keeps_every_second_block(tmp_path: Path):
     """Five blocks become three: the first, the middle and the last; what is outside of them stays."""
     teacher = with_network(tiny_pixart(), "transformer", num_layers=5)
     student = resized(teacher, {"num_layers": 3})
@@ -74,7 +74,8 @@ def test_a_transformer_keeps_every_second_block():
         if place[0] == "transformer_blocks":
             place[1] = str(2 * int(place[1]))
         assert torch.equal(value, given[".".join(place)])
-    assert "100% of them start as its" in copied(student, teacher)
+    line = said(config(tmp_path, student="full"), student, teacher)
+    assert line.endswith("of the teacher's; they start as the teacher's where they fit, 100% of them")
 
 
 def test_a_unet_of_fewer_layers_pairs_them():
@@ -325,6 +326,6 @@ def test_memory_is_that_of_both_sizes(home: Path):
         < needs[0].activations
     )
     for planned in (small, settings(home)):  # a folder is read without its weights
-        said = plan(planned)
-        assert re.search(rf"^student +- +{count[0]:,}$", said, re.MULTILINE)
-        assert "LoRA on a shared base: student_" in said
+        planner = plan(planned)
+        assert re.search(rf"^student +- +{count[0]:,}$", planner, re.MULTILINE)
+        assert "LoRA on a shared base: student_" in planner
