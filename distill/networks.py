@@ -31,7 +31,7 @@ class Networks:
         alpha: see rank.
         target_modules: ends of layer names; default: the family's.
         seed: of the adapters' random halves.
-        student: where the role `student` starts, if not as the teacher; full weights only.
+        student: what the role `student` starts as; full weights only; default: the teacher.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Networks:
         student: Denoiser | None = None,
     ):
         self.base = teacher
-        self.start = {"student": student or teacher}
+        self.student = student or teacher
         self.kind = kind
         self.rank, self.alpha = rank, alpha or rank
         self.targets = list(target_modules or teacher.lora_targets)
@@ -62,7 +62,7 @@ class Networks:
         return Role(self._seen(None))
 
     def trained(self, name: str, guidance_input: bool = False, phase_ends: Sequence[float] = ()) -> Role:
-        """A trainable role that starts as the teacher, but for a student's own start; with `phase_ends` a LoRA of the one network for each phase."""
+        """A trainable role that starts as the teacher, or as `student` has it; with `phase_ends` a LoRA for each phase."""
         if self.kind == "lora":
             if guidance_input and not self.base.takes_guidance:
                 raise UserError("a guidance input would be a new layer of the base: train a full student, not a LoRA")
@@ -70,7 +70,7 @@ class Networks:
         elif phase_ends:
             raise UserError("student: full: phases of one network are LoRAs of it; set student: lora")
         else:
-            start = self.start.get(name, self.base)
+            start = self.student if name == "student" else self.base
             widened = guidance_input and not start.takes_guidance
             role = self._copy(start.with_guidance_input() if widened else start)
         self._roles[name] = role

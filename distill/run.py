@@ -146,8 +146,8 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     teacher = teacher.at(shape)
     teacher.to(accelerator.device)
     networks = networks_of(config, teacher)
-    if (start := networks.start["student"]) is not teacher:
-        record.say(said(config, start, teacher))
+    if networks.student is not teacher:
+        record.say(said(config, networks.student, teacher))
     if data is None:
         data = data_sets.data_set(config, teacher.pixels(config.height, config.width))
     buckets = data.buckets if config.aspect_ratio_buckets else ()

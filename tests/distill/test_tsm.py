@@ -86,7 +86,7 @@ def test_an_exact_teacher_gives_the_mean_gradient_of_the_data(name: str, tmp_pat
         teacher.network.mean.fill_(m)
         teacher.network.log_std.copy_(torch.tensor(s).double().log())
     made = tsm(tmp_path, teacher, other, weight_limit=None)
-    data = methods_distiller(config(tmp_path, method="pretrain", student="full"), Networks(other, "full"))
+    data: Any = methods_distiller(config(tmp_path, method="pretrain", student="full"), Networks(other, "full"))
     for each in (made, data):
         each.roles()["student"].denoiser.network.double()  # copies are trained in float32
     x0, eps = ((a * v).reshape(4, 1, 1, 1) for a, v in zip((s, 1.0), signs(), strict=True))
