@@ -131,6 +131,7 @@ BEHIND: dict[str, tuple[str, ...]] = {
     "sim": ("sim",),
     "swiftbrush": ("swiftbrush",),
     "tdm": ("tdm",),
+    "tsm": ("msd",),
     "uni_instruct": ("uni-instruct",),
 }
 """Papers of each method, the first first."""

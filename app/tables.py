@@ -20,6 +20,7 @@ class Outline:
 
     lora_targets = ()
     takes_guidance = False
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.networks = {"high": torch.nn.Linear(1, 1), "low": torch.nn.Linear(1, 1)}
@@ -66,9 +67,12 @@ def backbones() -> list[list[str]]:
         about = about.partition(": ")[2].rstrip(".") or about
         students = "LoRA, full" if cls.takes_lora else "LoRA*, full"
         refused = [{m for m in METHODS if why_not(default(m, kind), cls)} for kind in ("full", "lora")]
-        without, as_lora = sorted(refused[0] & refused[1]), sorted(refused[0] - refused[1])
+        without, as_lora, as_full = (
+            sorted(m) for m in (refused[0] & refused[1], refused[0] - refused[1], refused[1] - refused[0])
+        )
         methods = "all" + (f"; not {', '.join(without)}" if without else "")
         methods += f"; {', '.join(as_lora)} as LoRA alone" if as_lora else ""
+        methods += f"; {', '.join(as_full)} with full weights alone" if as_full else ""
         table.append([name, ", ".join(cls.network_names), students, methods, about])
     return table
 
@@ -83,7 +87,8 @@ def remarks() -> list[str]:
     missing: dict[str, dict[str, None]] = {}
     for name in sorted(FAMILIES):
         for method in sorted(METHODS):
-            if reason := why_not(default(method, "lora"), family(name)):
+            full, reason = (why_not(default(method, kind), family(name)) for kind in ("full", "lora"))
+            if full and reason:
                 missing.setdefault(reason, {})[method] = None
     lines = ["LoRA*: the pipeline loads none, so that it is saved added into the weights, and by itself for peft"]
     return lines + [f"not {', '.join(methods)}: {reason}" for reason, methods in missing.items()]

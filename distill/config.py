@@ -17,19 +17,33 @@ from fewstep.distill.train_config import ConfigError, TrainConfig, above
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-class PretrainConfig(TrainConfig, frozen=True):
-    """Ordinary denoising or flow matching training of a pipeline's network, with text dropout for guidance."""
+class DenoisingConfig(TrainConfig, frozen=True):
+    """Training of a network on noised images, with text dropout for guidance."""
 
-    method: Literal["pretrain"]
     student: Literal["lora", "full"] = "full"
-    preflight: bool = Field(False, description="its teacher is only where training starts, and may be untrained")
-    train_text_encoder: bool = False
     prompt_dropout: float = Field(0.1, ge=0, lt=1)
-    snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting (arXiv:2303.09556); none: weight 1")
     weighting_scheme: Literal["none", "logit_normal"] = Field("none", description="of the levels; none: uniform")
     logit_mean: float = Field(0.0, description="of the logit of the level (arXiv:2403.03206, eq. 19)")
     logit_std: float = Field(1.0, gt=0)
     step_counts: list[PositiveInt] = Field([50], min_length=1)
+
+
+class PretrainConfig(DenoisingConfig, frozen=True):
+    """Ordinary denoising or flow matching training of a pipeline's network."""
+
+    method: Literal["pretrain"]
+    preflight: bool = Field(False, description="its teacher is only where training starts, and may be untrained")
+    train_text_encoder: bool = False
+    snr_gamma: float | None = Field(None, gt=0, description="min-SNR weighting (arXiv:2303.09556); none: weight 1")
+
+
+class TSMConfig(DenoisingConfig, frozen=True):
+    """Teacher score matching: a network of another size learns what the teacher says (arXiv:2410.23274)."""
+
+    method: Literal["tsm"]
+    weight_limit: float | None = Field(
+        5.0, gt=0, description="of the weight of the error of x0; none: plain error of the network's output"
+    )
 
 
 class LCMConfig(TrainConfig, frozen=True):
@@ -66,6 +80,7 @@ METHODS: dict[str, type[TrainConfig]] = {
     "disback": DisBackConfig,
     "lcm": LCMConfig,
     "pretrain": PretrainConfig,
+    "tsm": TSMConfig,
 }
 """Config of each method; its Distiller is named in `methods`."""
 

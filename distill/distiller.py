@@ -101,8 +101,8 @@ class Distiller(ABC):
     """One distillation loop: what it trains, what it draws, and the losses of one iteration."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Of `prompts`, `images`, `pairs`: a config that lacks one of the first two is refused before any weight loads;
-    pairs the teacher makes."""
+    """Of `prompts`, `images`, `pairs`, `student_config`: a config that lacks one of them is refused before any weight
+    loads, but for pairs, which the teacher makes."""
 
     @classmethod
     def needs_of(cls, config: Any) -> frozenset[str]:

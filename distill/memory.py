@@ -245,11 +245,13 @@ def need(
     weights = base_bytes(config, base) + copies
     gradients = 4 * max(map(sum, trained.values()))
     moments = sum(_moments(config, sizes) for sizes in trained.values())
-    network = bare(roles["student"].denoiser.network)
+    # a student may be smaller than its fake score; of like sizes it is the student
+    largest = max((r for r in roles.values() if r.trained), key=lambda r: bytes_of(bare(r.denoiser.network)))
+    network = bare(largest.denoiser.network)
     key = (config.student, checkpointing, fused, config.mixed_precision, weights_in(config))
     if key not in known:
         shape = base.latent_shape(config.height, config.width, config.num_frames)
-        known[key] = activations(*call(config, roles["student"], shape, config.train_batch_size), checkpointing, fused)
+        known[key] = activations(*call(config, largest, shape, config.train_batch_size), checkpointing, fused)
     saved = known[key] * rows_with_graph(config, method)
     gathered = 2 * max((bytes_of(m) for m in _blocks(network)), default=0) if devices > 1 else 0
     return Need(

@@ -31,6 +31,7 @@ class Networks:
         alpha: see rank.
         target_modules: ends of layer names; default: the family's.
         seed: of the adapters' random halves.
+        student: what the role `student` starts as; full weights only; default: the teacher.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Networks:
         alpha: float | None = None,
         target_modules: Sequence[str] | None = None,
         seed: int = 0,
+        student: Denoiser | None = None,
     ):
         self.base = teacher
+        self.student = student or teacher
         self.kind = kind
         self.rank, self.alpha = rank, alpha or rank
         self.targets = list(target_modules or teacher.lora_targets)
@@ -59,7 +62,7 @@ class Networks:
         return Role(self._seen(None))
 
     def trained(self, name: str, guidance_input: bool = False, phase_ends: Sequence[float] = ()) -> Role:
-        """A trainable role that starts as the teacher; with `phase_ends` a LoRA of the one network for each phase."""
+        """A trainable role that starts as the teacher, or as `student` has it; with `phase_ends` a LoRA for each phase."""
         if self.kind == "lora":
             if guidance_input and not self.base.takes_guidance:
                 raise UserError("a guidance input would be a new layer of the base: train a full student, not a LoRA")
@@ -67,7 +70,9 @@ class Networks:
         elif phase_ends:
             raise UserError("student: full: phases of one network are LoRAs of it; set student: lora")
         else:
-            role = self._copy(guidance_input)
+            start = self.student if name == "student" else self.base
+            widened = guidance_input and not start.takes_guidance
+            role = self._copy(start.with_guidance_input() if widened else start)
         self._roles[name] = role
         return role
 
@@ -81,10 +86,8 @@ class Networks:
         """A moving average of a trained role; the trainer updates it after that role's step."""
         source = self._roles[of]
         name = f"{of}_average"
-        if self.kind == "lora":
-            role = self._adapter(name, source.denoiser.phase_ends)
-        else:
-            role = self._copy(source.denoiser.takes_guidance)
+        lora = self.kind == "lora"
+        role = self._adapter(name, source.denoiser.phase_ends) if lora else self._copy(source.denoiser)
         with torch.no_grad():
             for key, parameter in role.parameters.items():
                 parameter.copy_(source.parameters[key])
@@ -129,9 +132,8 @@ class Networks:
             adapters_added(module)
         return parameters
 
-    def _copy(self, guidance_input: bool) -> Role:
-        denoiser = self.base.with_guidance_input() if guidance_input and not self.base.takes_guidance else self.base
-        copies = {n: copy.deepcopy(bare(m)).float() for n, m in denoiser.networks.items()}
+    def _copy(self, of: Denoiser) -> Role:
+        copies = {n: copy.deepcopy(bare(m)).float().to(self.base.device) for n, m in of.networks.items()}
         parameters = {f"{n}.{k}": p for n, m in copies.items() for k, p in m.named_parameters()}
         return Role(self.base.with_networks(copies), parameters)
 

@@ -22,6 +22,7 @@ from fewstep.distill.objectives import regression
 from fewstep.distill.pairs import make_pairs
 from fewstep.distill.presets import DistributionMatchingConfig
 from fewstep.distill.record import Record, check_tracker, pixels_shape
+from fewstep.distill.student_start import said, student_start
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import class_of, family, load, parts, resolve
@@ -37,6 +38,13 @@ def refuse(config: TrainConfig) -> None:
         raise ConfigError(f"config: train_data: missing; method {config.method} learns from images with captions")
     if "prompts" in needs and config.prompts is None and not config.has_images:
         raise ConfigError(f"config: prompts: missing; method {config.method} needs prompts (or train_data's captions)")
+    if "student_config" in needs and config.student_config is None and config.student_init is None:
+        raise ConfigError(
+            f"config: student_config: missing; method {config.method} trains a network of another size, such as "
+            "{layers_per_block: 1} of a UNet or {num_layers: 14} of a transformer"
+        )
+    if config.student_init is not None:
+        class_of(config.student_init)
     if parts(config.teacher)[1]:
         raise ConfigError(
             "config: teacher: a pipeline with a LoRA; save it whole first (fuse_lora and save_pretrained of diffusers), "
@@ -67,8 +75,9 @@ def methods_distiller(config: TrainConfig, networks: Networks) -> Distiller:
 
 
 def networks_of(config: TrainConfig, teacher: Denoiser) -> Networks:
-    """The factory of a config's roles."""
-    return Networks(teacher, config.student, config.rank, config.lora_alpha, config.target_modules, config.seed)
+    """The factory of a config's roles; UserError for a student that cannot stand in the teacher's place."""
+    c, start = config, student_start(config, teacher)
+    return Networks(teacher, c.student, c.rank, c.lora_alpha, c.target_modules, c.seed, start)
 
 
 def train(
@@ -136,6 +145,9 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     shape = pixels_shape(config, teacher)
     teacher = teacher.at(shape)
     teacher.to(accelerator.device)
+    networks = networks_of(config, teacher)
+    if networks.student is not teacher:
+        record.say(said(config, networks.student, teacher))
     if data is None:
         data = data_sets.data_set(config, teacher.pixels(config.height, config.width))
     buckets = data.buckets if config.aspect_ratio_buckets else ()
@@ -170,7 +182,6 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     if sharded:
         teacher.to("cpu")  # roles are made in main memory, and go to the device block by block
         sharding.together(teacher, accelerator.device)
-    networks = networks_of(config, teacher)
     method = methods_distiller(config, networks)
     report.check(config, method.step_counts, teacher)
     plans = {k: method.plan(k) for k in method.step_counts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
@@ -38,6 +38,15 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     rank: int = Field(64, ge=1)
     lora_alpha: float | None = Field(None, gt=0, description="default: the rank")
     target_modules: list[str] | None = Field(None, description="default: the family's")
+    student_config: dict[str, Any] | None = Field(
+        None,
+        min_length=1,
+        description="of a full student: overrides of the config of the teacher's network, as diffusers spells it, such as "
+        "{layers_per_block: 1}; weights of the same shape are the teacher's",
+    )
+    student_init: str | None = Field(
+        None, description="of a full student: the run, student or pipeline that it starts as; default: the teacher"
+    )
 
     max_train_steps: int = Field(1000, ge=1)
     train_batch_size: int = Field(16, ge=1, description="rows per process and micro-batch")
@@ -114,6 +123,15 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     def _of_a_base(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and info.data.get("student") == "full":
             raise ValueError("needs student: lora; full students are trained copies of the base, in float32")
+        return value
+
+    @field_validator("student_config", "student_init")
+    @classmethod
+    def _full(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("student") == "lora":
+            raise ValueError("needs student: full; a LoRA is one of the teacher's own network")
+        if value is not None and info.data.get("student_config") is not None:
+            raise ValueError("has its own network; give student_config or student_init, not both")
         return value
 
     @field_validator("name")

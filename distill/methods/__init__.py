@@ -22,6 +22,7 @@ DISTILLERS = {
     "sim": MATCHING,
     "swiftbrush": MATCHING,
     "tdm": MATCHING,
+    "tsm": "fewstep.distill.methods.tsm:TeacherScoreMatching",
     "uni_instruct": MATCHING,
 }
 
@@ -36,6 +37,8 @@ def why_not(config: TrainConfig, backbone: type[Denoiser]) -> str | None:
     """Why a config's method trains no such students of a backbone; None where it does."""
     if backbone.clips and "images" in distiller(config.method).needs_of(config):
         return "needs clips for this teacher, and train_data has images only"
+    if config.method == "tsm" and config.student == "lora":
+        return "a network of another size is no LoRA: set student: full"
     if getattr(config, "policy", None) == "phases" and len(backbone.network_names) < 2:
         if not backbone.takes_lora:
             return "needs a network for each phase, as Wan 2.2 has, or a pipeline that loads a LoRA for each"

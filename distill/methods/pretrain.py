@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from fewstep.distill.config import PretrainConfig
 from fewstep.distill.distiller import Batch, Distiller, Losses, Role
 from fewstep.distill.networks import Networks
-from fewstep.distill.objectives.levels import start_scale
+from fewstep.distill.objectives.levels import many_steps, training_level
 from fewstep.distill.random import Rngs
 from fewstep.samplers.condition import Condition, dropped
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.noise import expand
-from fewstep.samplers.plan import SamplingPlan, uniform_plan
+from fewstep.samplers.plan import SamplingPlan
 
 
 @dataclass
@@ -63,13 +63,8 @@ class Pretrain(Distiller):
             condition = replace(condition, sizes=batch.size_ids)
         else:
             condition = dropped(condition, torch.tensor(keep, device=batch.x0.device))
-        return Draws(self.noise.shift(self.level(rng)), rng.normal("noise", batch.x0.shape[1:]), condition)
-
-    def level(self, rng: Rngs) -> Tensor:
-        """Levels before a flow's shift, (B,) in (0, 1]: uniform, or with a normal logit (arXiv:2403.03206, eq. 19)."""
-        if self.config.weighting_scheme == "none":
-            return 1 - rng.uniform("level")
-        return (self.config.logit_mean + self.config.logit_std * rng.normal("level", ())).sigmoid()
+        t = self.noise.shift(training_level(self.config, rng))
+        return Draws(t, rng.normal("noise", batch.x0.shape[1:]), condition)
 
     def loss(self, role: str, batch: Batch, draws: Draws, iteration: int) -> Iterator[Losses]:
         assert batch.x0 is not None
@@ -94,10 +89,7 @@ class Pretrain(Distiller):
     def plan(self, steps: int) -> SamplingPlan:
         if steps not in self.step_counts:
             raise UserError(f"steps {steps}: this model declares {list(self.step_counts)}")
-        guidance, scale = self.config.validation_guidance_scale or 1.0, start_scale(self.noise)
-        if self.student.denoiser.takes_guidance:
-            return uniform_plan(steps, initial_scale=scale, embedded_guidance=guidance)
-        return uniform_plan(steps, guidance, initial_scale=scale)
+        return many_steps(self.student.denoiser, steps, self.config.validation_guidance_scale)
 
     def forwards(self) -> dict[str, dict[str, float]]:
         return {"student": {"forward": 0, "backward": 1}}

@@ -1,10 +1,15 @@
-"""Where students start, and at which levels they are called."""
+"""At which levels networks are called: where students start, what is trained, and how many steps are walked."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from fewstep.distill.config import DenoisingConfig
+from fewstep.distill.random import Rngs
+from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.noise import Discrete, Flow, NoiseProcess
+from fewstep.samplers.plan import SamplingPlan, uniform_plan
 
 
 def start_scale(noise: NoiseProcess) -> float:
@@ -35,3 +40,18 @@ def signal_lost(noise: NoiseProcess, ratio: float = 2.5) -> float:
     n = noise.n if isinstance(noise, Discrete) else 100_000
     t = torch.arange(1, n + 1, dtype=torch.float64) / n
     return float(t[(noise.sigma(t) / noise.alpha(t) - ratio).abs().argmin()])
+
+
+def training_level(config: DenoisingConfig, rng: Rngs) -> Tensor:
+    """Before a flow's shift, (B,) in (0, 1]: uniform, or with a normal logit (arXiv:2403.03206, eq. 19)."""
+    if config.weighting_scheme == "none":
+        return 1 - rng.uniform("level")
+    return (config.logit_mean + config.logit_std * rng.normal("level", ())).sigmoid()
+
+
+def many_steps(denoiser: Denoiser, steps: int, guidance: float | None) -> SamplingPlan:
+    """The guided ODE on even levels, for what is no student of few steps."""
+    guidance, scale = guidance or 1.0, start_scale(denoiser.noise)
+    if denoiser.takes_guidance:
+        return uniform_plan(steps, initial_scale=scale, embedded_guidance=guidance)
+    return uniform_plan(steps, guidance, initial_scale=scale)

@@ -48,8 +48,10 @@ class StableDiffusion(Denoiser):
 
     def with_guidance_input(self) -> Denoiser:
         unet: Any = bare(self.network)
+        # published configs lack the key, diffusers lists what they lack, and drops what is listed
+        config = {k: v for k, v in unet.config.items() if not k.startswith("_")}
         with torch.device(unet.device):  # without weights where the base has none
-            new = type(unet).from_config({**unet.config, "time_cond_proj_dim": GUIDANCE_DIMENSIONS})
+            new = type(unet).from_config({**config, "time_cond_proj_dim": GUIDANCE_DIMENSIONS})
         missing, _ = new.load_state_dict(unet.state_dict(), strict=False)
         assert missing == ["time_embedding.cond_proj.weight"]
         # published scripts leave it random; zero, the student starts as the teacher

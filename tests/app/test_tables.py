@@ -17,6 +17,8 @@ def test_methods(fewstep: Callable[..., Answer]):
     assert table.keys() == METHODS.keys()
     assert table["lcm"]["forwards / backwards per iteration"] == "4 / 1"
     assert table["pretrain"]["forwards / backwards per iteration"] == "1 / 1"
+    assert table["tsm"]["needs"] == "images, student_config"
+    assert table["tsm"]["forwards / backwards per iteration"] == "2 / 1"
     assert (table["dmd2"]["needs"], table["dmd2"]["trains"]) == ("prompts", "student, fake_score")
     # SiD guided three times: teacher 2, fake score 2 and once more, 2 to train it, the student 1; half a step of rollout
     assert table["sid"]["forwards / backwards per iteration"] == ("9 / 7 (student and fake_score); 3 / 2 (fake_score)")
@@ -33,15 +35,17 @@ def test_backbones(fewstep: Callable[..., Answer]):
     assert table["WanPipeline"]["methods"].startswith("all; not lcm, ")
     assert "dmd" not in table["WanPipeline"]["methods"]
     others = {name: row["methods"] for name, row in table.items() if name != "WanPipeline"}
-    assert set(others.values()) == {"all; not phased_dmd", "all; phased_dmd as LoRA alone"}
-    assert others["StableDiffusionPipeline"] == "all; phased_dmd as LoRA alone"
+    small = "tsm with full weights alone"
+    assert set(others.values()) == {f"all; not phased_dmd; {small}", f"all; phased_dmd as LoRA alone; {small}"}
+    assert others["StableDiffusionPipeline"] == f"all; phased_dmd as LoRA alone; {small}"
     fused = {name for name, row in table.items() if row["students"] == "LoRA*, full"}
     assert fused == {f"{n}Pipeline" for n in ("ConsistencyModel", "DDPM", "DiT", "PixArtAlpha", "PixArtSigma")}
     printed = fewstep("backbones").out
     assert all(name in printed for name in FAMILIES)
     assert all(line in printed for line in remarks())
+    assert not any("is no LoRA" in line for line in remarks())  # the table says which way it does
     assert any("not lcm" in line and "needs clips" in line for line in remarks())
-    assert {name for name, row in others.items() if row == "all; not phased_dmd"} == fused
+    assert {name for name, row in others.items() if "not phased_dmd" in row} == fused
     assert any(
         line.startswith("not phased_dmd: needs a network for each phase, as Wan 2.2 has, or") for line in remarks()
     )

@@ -75,6 +75,8 @@ CASES = {
     "dmd2 lora": {"method": "dmd2", "student": "lora", "steps": [2]},
     "dmd2 full": {"method": "dmd2", "student": "full", "steps": [1], "ema_decay": 0.9},
     "dmd2 gan": {"method": "dmd2", "student": "full", "steps": [1], "gan_weight": 0.01},
+    "dmd2 smaller": {"method": "dmd2", "student": "full", "steps": [1], "student_config": {"mid_block_type": None}},
+    "tsm": {"method": "tsm", "student": "full", "student_config": {"block_out_channels": [8, 8]}},
     "lcm full": {"method": "lcm", "student": "full"},
     "lcm input": {"method": "lcm", "student": "full", "guidance_scale": 2.0, "guidance_scale_max": 9.0},
     "sid lora": {"method": "sid", "student": "lora"},

@@ -11,6 +11,7 @@ import torch
 from fewstep.distill.distiller import Batch
 from fewstep.distill.methods.pretrain import Draws, Pretrain
 from fewstep.distill.networks import Networks
+from fewstep.distill.objectives.levels import training_level
 from fewstep.distill.random import Rngs
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
@@ -61,7 +62,6 @@ def test_levels_are_uniform_or_have_a_normal_logit(tmp_path: Path):
     """Kolmogorov-Smirnov distance of 4,000 draws to the law that the config names."""
     from scipy.stats import kstest
 
-    teacher = GaussianTeacher(processes()["vp_v"], mean=0.7, std=0.5, shape=(2, 4, 4))
     for changes, law in (
         ({}, lambda t: kstest(t, "uniform")),
         (
@@ -69,8 +69,7 @@ def test_levels_are_uniform_or_have_a_normal_logit(tmp_path: Path):
             lambda t: kstest(t.logit(), "norm", (-0.2, 1.2)),
         ),
     ):
-        made = Pretrain(config(tmp_path, student="full", **changes), Networks(teacher, "full"))  # type: ignore[arg-type]
-        t = made.level(Rngs(0, 0, range(4000)))
+        t = training_level(config(tmp_path, student="full", **changes), Rngs(0, 0, range(4000)))  # type: ignore[arg-type]
         assert ((t > 0) & (t <= 1)).all()
         assert law(t.double()).pvalue > 0.01
 

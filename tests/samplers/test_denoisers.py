@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from fewstep.samplers.load import denoiser_of
+from fewstep.samplers.load import denoiser_of, load
 from fewstep.samplers.plan import generators, plan_of_scheduler, sample, uniform_plan
 from fewstep.samplers.rules import randn
 from tests.pipelines import PROMPTS, tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
@@ -67,6 +70,24 @@ def test_stable_diffusion_with_a_guidance_input():
     close(ours, theirs.images)
     weaker = sample(denoiser, denoiser.encode(PROMPTS), plan.model_copy(update={"embedded_guidance": 2.0}), SEEDS)
     assert (ours - weaker).norm() > 0.01 * ours.norm()
+
+
+def test_a_guidance_input_is_given_to_a_network_whose_config_knows_none(tmp_path: Path):
+    """Stable Diffusion 1.5's has no such key; the new network says what the old one says, whatever it is told."""
+    tiny_stable_diffusion(tmp_path)
+    path = tmp_path / "unet/config.json"
+    config = json.loads(path.read_text())
+    del config["time_cond_proj_dim"]
+    path.write_text(json.dumps(config))
+    denoiser = load(tmp_path)
+    widened = denoiser.with_guidance_input()
+    assert widened.takes_guidance
+    assert not denoiser.takes_guidance
+    x, t = randn((1, *denoiser.latent_shape()), generators([0])), torch.tensor(0.6)
+    condition = denoiser.encode(PROMPTS[:1])
+    with torch.no_grad():
+        told = widened.predict(x, t, condition.with_guidance(7.0))
+        assert torch.equal(told, denoiser.predict(x, t, condition))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
