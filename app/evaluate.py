@@ -31,7 +31,7 @@ from fewstep.distill.evaluation import (
 )
 from fewstep.distill.evaluation import figures as of_pictures
 from fewstep.distill.judges import Judges, one_line
-from fewstep.distill.metric_names import EMOJI, METRICS, Weights, check, fewest, usable
+from fewstep.distill.metric_names import DRAWINGS, METRICS, Weights, check, fewest, usable
 from fewstep.distill.prompt_sets import prompt_set
 from fewstep.distill.references import CACHE, read_reference
 from fewstep.distill.report import COLUMNS, finite, write_json
@@ -230,7 +230,7 @@ class Evaluation:
         if self.real is not None:
             same_size(image, self.prompts, self.real)
         self._kind(image.ndim == 5)
-        names, target = [n for n in self.names if n not in EMOJI], self.target and self.target[0].images([0])
+        names, target = [n for n in self.names if n not in DRAWINGS], self.target and self.target[0].images([0])
         see(Seen(), image, [0], names, self.judges, self.prompts.prompts[:1], target)
 
     def _kind(self, clips: bool) -> None:
@@ -242,13 +242,13 @@ class Evaluation:
         began = time.monotonic()
         names = usable(self.names, row.given() | {"reference", "teacher", "images", "clips", "embedded"})
         if row.row["role"] == "reference":
-            names = [n for n in names if n in EMOJI]
+            names = [n for n in names if n in DRAWINGS]
         seen = Seen()
         targets = self.target[0] if self.target and row.same_noise else None
         size, n = self.request.judge_batch, len(row.files)
         chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
         numbers = [i for chunk in self.processes.share(chunks) for i in chunk]
-        network = [n for n in names if n not in EMOJI]
+        network = [n for n in names if n not in DRAWINGS]
         with self.processes.bar(len(numbers), f"judging {label(row.row)}") as progress, one_line():
             for keys, images in read_batches(row.files, numbers, size, row.clips):
                 prompts = [row.prompts[i] for i in keys] if row.prompts else None
@@ -263,7 +263,7 @@ class Evaluation:
         if self.processes.first:
             teacher = self.target[1] if self.target and row.same_noise else None
             found, notes = figures(network, seen, self.judges, row.groups, reference, teacher)
-            drawings = [n for n in names if n in EMOJI]
+            drawings = [n for n in names if n in DRAWINGS]
             if drawings and row.row["role"] != "folder":
                 found |= of_pictures(pictures := row.images(range(n)), self.prompts, drawings, self.real)
                 if row.same_noise and "clip_emoji" in drawings:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fewstep.distill.metric_names import BASIC, EMOJI
+from fewstep.distill.metric_names import BASIC, DRAWINGS, EMOJI
 from fewstep.distill.prompt_sets import PromptSet
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.baseline import (
@@ -205,7 +205,7 @@ def default_metrics(prompts: PromptSet) -> tuple[str, ...]:
 
 def reference_pictures(prompts: PromptSet, names: Sequence[str]) -> Tensor | None:
     """Real renderings of the prompts, (N, 3, 64, 64) uint8; None where no figure asks for them."""
-    if not any(name in EMOJI for name in names):
+    if not any(name in DRAWINGS for name in names):
         return None
     from fewstep.metrics.emoji.metrics import renderings
 
@@ -224,7 +224,7 @@ def figures(
     Args:
         images: (N, 3, H, W) or (N, F, 3, H, W) uint8.
         prompts: of the row.
-        names: of `EMOJI` and `BASIC`.
+        names: of `DRAWINGS` and `BASIC`.
         reference: `reference_pictures(prompts, names)`.
         many: the teacher's many-step images of the same noise; None: no `psnr_to_teacher`.
     """

@@ -15,7 +15,7 @@ from fewstep.distill.eval_config import PREFIX
 from fewstep.distill.evaluation import device, reference_pictures, same_size
 from fewstep.distill.evaluation import figures as of_pictures
 from fewstep.distill.judges import Judges
-from fewstep.distill.metric_names import EMOJI, check
+from fewstep.distill.metric_names import DRAWINGS, check
 from fewstep.distill.prompt_sets import PromptSet, prompt_set
 from fewstep.distill.references import CACHE, read_reference
 from fewstep.distill.seen import Seen, figures, see, see_prompt
@@ -74,8 +74,8 @@ class InTraining:
         """Values by `eval/NAME`."""
         images, seen = self.images(student), Seen()
         same_size(images, self.prompts, self.real)
-        drawings = [n for n in self.names if n in EMOJI]
-        others = [n for n in self.names if n not in EMOJI]
+        drawings = [n for n in self.names if n in DRAWINGS]
+        others = [n for n in self.names if n not in DRAWINGS]
         for i in range(0, len(images), self.batch):
             part = images[i : i + self.batch]
             keys = range(i, i + len(part))

@@ -33,7 +33,10 @@ EMOJI = (
     *("fd_emoji", "fd_emoji_corrected", "clip_emoji", "background_accuracy", "category_accuracy"),
     *("coverage", "blends", "diversity"),
 )
-"""Figures of pictures whose prompts are the embedded ones."""
+"""Figures of pictures whose prompts are the embedded ones, those of a report."""
+
+DRAWINGS = (*EMOJI, "fd_emoji_infinity")
+"""All of these."""
 
 BASIC = ("psnr_to_teacher", "pixel_distance")
 """Figures of any pictures: against the teacher's many-step picture of the same noise, and among those of one prompt."""
@@ -80,6 +83,7 @@ METRICS: dict[str, Metric] = {
         name: _metric(about, "", "embedded images", better)
         for name, about, better in (
             ("fd_emoji", "Frechet distance in the embedded judge's features", "lower"),
+            ("fd_emoji_infinity", "the same, extrapolated", "lower"),
             ("fd_emoji_corrected", "the same less that of real drawings", "lower"),
             ("clip_emoji", "does the drawing follow its caption", "higher"),
             ("background_accuracy", "share with the colour asked for", "higher"),

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.metrics.emoji.drawings import COLORS, HELD_OUT, color_of, drawings_of, jittered, render
 from fewstep.metrics.emoji.judge import features, similarity
 from fewstep.metrics.emoji.nearest import NEAR, border_color, named_color, nearest
-from fewstep.metrics.frechet import frechet_distance, stderr
+from fewstep.metrics.frechet import FEWEST, Running, frechet_distance, frechet_infinity, moments, stderr
 
 REAL_SEED = 30_000
 """Seed of the real pictures behind `fd_emoji_corrected`; a reference must not have it."""
@@ -48,6 +48,7 @@ def emoji_metrics(
 
     fd_emoji: squared Frechet distance of the judge's features to the reference.
     fd_emoji_corrected: less the distance of as many real pictures of the captions, which the finite N alone gives.
+    fd_emoji_infinity: fd_emoji extrapolated to infinitely many images; absent for fewer than 20.
     clip_emoji: mean cosine of image and caption, times 100.
     background_accuracy: share whose border is nearest to the colour asked for; absent if no caption names one.
     category_accuracy: share whose nearest drawing is one that the caption allows; for a full caption, the right one.
@@ -72,7 +73,12 @@ def emoji_metrics(
     near = found.distance <= NEAR
     seen = features(images)
 
-    out = frechet_figures(seen, features(real), features(reference))
+    known = features(reference)
+    out = frechet_figures(seen, features(real), known)
+    if n >= FEWEST:
+        state = Running("emoji")
+        state.update(seen)
+        out["fd_emoji_infinity"] = frechet_infinity(state, moments(known))
     out["clip_emoji"] = _mean(100 * similarity(seen, captions))
     if asked := [i for i, color in enumerate(colors) if color is not None]:
         border = named_color(border_color(images[asked]))

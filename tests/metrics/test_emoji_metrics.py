@@ -15,7 +15,9 @@ from fewstep.metrics.emoji.drawings import (
     full_caption,
     render,
 )
+from fewstep.metrics.emoji.judge import features
 from fewstep.metrics.emoji.metrics import REAL_SEED, coverage, emoji_metrics, followed, pairs_of, renderings
+from fewstep.metrics.frechet import frechet_distance
 
 PROMPTS = [category_caption(i, c) for i in range(len(CATEGORIES)) for c in (2, 5, 6)]
 CAPTIONS = [PROMPTS[i % len(PROMPTS)] for i in range(240)]  # 24 prompts, 10 images of each
@@ -69,6 +71,18 @@ def test_a_student_that_collapsed(reference, real):
     assert found["diversity"][0] == pytest.approx(0, abs=1e-5)
     assert found["fd_emoji_corrected"][0] > 5 * found["fd_emoji_corrected"][1]
     assert real["diversity"][0] > 0.5
+
+
+def test_extrapolation_takes_the_bias_of_the_images_away(reference, real):
+    """Of real pictures, below what as many have; its line is drawn by `frechet_infinity`, images in turns in ten groups."""
+    seen, known = features(renderings(CAPTIONS, seed=2)).double(), features(reference).double()
+    value, error = real["fd_emoji_infinity"]
+    assert value < real["fd_emoji"][0]
+    at = {i: frechet_distance(known, seen[torch.arange(240) % 2 == i]) for i in (0, 1)}
+    whole = frechet_distance(known, seen)
+    assert value == pytest.approx(2 * whole - (at[0] + at[1]) / 2, abs=1e-6)
+    assert error > 0
+    assert "fd_emoji_infinity" not in emoji_metrics(renderings(CAPTIONS[:19], seed=2), CAPTIONS[:19], reference)
 
 
 def test_a_student_that_follows_no_prompt(reference, real):
