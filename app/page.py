@@ -187,11 +187,19 @@ def _extremes(rows: Sequence[Row], names: Sequence[str]) -> str:
         scores = row.scores.values.get(figure)
         if not scores or not row.prompts:
             continue
-        means = {g: sum(scores[i] for i in m) / len(m) for g, m in row.members().items()}
-        order = sorted(means, key=lambda g: means[g])
+        members: dict[str, list[int]] = {}  # not by group: a prompt may have several
+        for i, prompt in enumerate(row.prompts):
+            members.setdefault(prompt, []).append(i)
+        means = {prompt: sum(scores[i] for i in m) / len(m) for prompt, m in members.items()}
+        if len(means) < 2:
+            continue
+        order = sorted(means, key=lambda prompt: means[prompt])
         few = min(EXTREMES, len(order) // 2)
         halves = [("worst", order[:few]), ("best", order[::-1][:few])]
-        said = "".join(f"<div>{what}:</div>{_figures(row, groups, means)}" for what, groups in halves)
+        said = "".join(
+            f"<div>{what}:</div>{_figures(row.images(members[p][0] for p in some), some, means)}"
+            for what, some in halves
+        )
         parts.append(f"<details{'' if parts else ' open'}><summary>{escape(name)}</summary>{said}</details>")
     if not parts:
         return ""
@@ -201,13 +209,10 @@ def _extremes(rows: Sequence[Row], names: Sequence[str]) -> str:
     )
 
 
-def _figures(row: Row, groups: Sequence[int], means: dict[int, float]) -> str:
-    members = row.members()
-    images = row.images(members[g][0] for g in groups) if groups else []
+def _figures(images: Tensor, prompts: Sequence[str], means: dict[str, float]) -> str:
     found = []
-    for image, group in zip(images, groups, strict=True):
-        prompt = (row.prompts or [])[members[group][0]]
-        said = f"<b>{means[group]:.2f}</b> {escape(prompt)}"
+    for image, prompt in zip(images, prompts, strict=True):
+        said = f"<b>{means[prompt]:.2f}</b> {escape(prompt)}"
         found.append(
             f'<figure style="width:{SMALL}px">{_picture(image, SMALL)}<figcaption>{said}</figcaption></figure>'
         )

@@ -119,3 +119,12 @@ def test_labels_under_the_axis_do_not_touch():
     places = [float(x) for x, _ in labels]
     assert min(b - a for a, b in pairwise(places)) > 32
     assert svg.count("<circle") == 5
+
+
+def test_a_prompt_stands_once_among_worst_and_best(tmp_path: Path):
+    """Though it has two groups of images, as where there are more images than prompts."""
+    drawn = row(tmp_path, "student", 2, 7.0, [4.0, 3.0, 8.0, 1.0], 90)
+    drawn.prompts = ["the sea", "a bird", "the sea", "a bird"]
+    write(tmp_path / "report.html", {"n": 4, "seeds": [0], "prompts": "p", "rows": [drawn.row], "notes": []}, [drawn])
+    shown = re.findall(r"<b>([\d.]+)</b> ([\w ]+)", (tmp_path / "report.html").read_text())
+    assert shown == [("2.00", "a bird"), ("6.00", "the sea")]
