@@ -30,7 +30,7 @@ from fewstep.distill.evaluation import (
     teacher_of,
 )
 from fewstep.distill.evaluation import figures as of_pictures
-from fewstep.distill.judges import Judges, one_line
+from fewstep.distill.judges import Judges, refusals
 from fewstep.distill.metric_names import DRAWINGS, METRICS, Weights, check, fewest, usable
 from fewstep.distill.prompt_sets import prompt_set
 from fewstep.distill.references import CACHE, read_reference
@@ -184,7 +184,7 @@ class Evaluation:
 
     def _rows(self, source: str) -> Iterator[Row]:
         if source in self.folders:
-            with one_line():
+            with refusals():
                 row = folder_row(source, self.names)
             self._kind(row.clips)
             self._note(row, row.lacks)
@@ -249,7 +249,7 @@ class Evaluation:
         chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
         numbers = [i for chunk in self.processes.share(chunks) for i in chunk]
         network = [n for n in names if n not in DRAWINGS]
-        with self.processes.bar(len(numbers), f"judging {label(row.row)}") as progress, one_line():
+        with self.processes.bar(len(numbers), f"judging {label(row.row)}") as progress, refusals():
             for keys, images in read_batches(row.files, numbers, size, row.clips):
                 prompts = [row.prompts[i] for i in keys] if row.prompts else None
                 target = targets.images(keys) if targets else None

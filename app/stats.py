@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fewstep.distill import checkpoint
 from fewstep.distill.evaluation import bar, device
-from fewstep.distill.judges import Judges, one_line
+from fewstep.distill.judges import Judges, refusals
 from fewstep.distill.metric_names import CLIP_SPACES, SPACES, Weights
 from fewstep.distill.references import readable
 from fewstep.metrics.features import each
@@ -22,7 +22,7 @@ def stats(folder: str, out: Path, space: str, batch_size: int, weights: Weights)
     if space not in (known := SPACES + CLIP_SPACES):
         raise UserError(f"--space {space}: unknown; known: {', '.join(known)}")
     what = "clip" if space in CLIP_SPACES else "image"
-    with one_line():
+    with refusals():
         features, files, read = readable(Judges(weights, device()), space, folder)
         if len(files) < 2:
             raise UserError(f"{folder}: holds {len(files)} {what}; statistics need two or more")

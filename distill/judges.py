@@ -21,7 +21,7 @@ def option(field: str) -> str:
 
 
 @contextmanager
-def one_line(mended_by: str = "") -> Iterator[None]:
+def refusals(mended_by: str = "") -> Iterator[None]:
     """What the metrics refuse with ValueError is the user's to mend: as a UserError, with the option that mends it."""
     try:
         yield
@@ -54,21 +54,21 @@ class Judges:
     def inception(self) -> Any:
         from fewstep.metrics.inception import Inception
 
-        with one_line(f"{self.spelt('inception_weights')} FILE"):
+        with refusals(f"{self.spelt('inception_weights')} FILE"):
             return Inception(weights=self.weights.inception_weights, device=self.device)
 
     @cached_property
     def clip(self) -> Any:
         from fewstep.metrics.clip import Clip
 
-        with one_line(f"{self.spelt('clip_model')}, {self.spelt('clip_weights')}"):
+        with refusals(f"{self.spelt('clip_model')}, {self.spelt('clip_weights')}"):
             return Clip(self.weights.clip_model, self.weights.clip_weights, self.device)
 
     @cached_property
     def dino(self) -> Any:
         from fewstep.metrics.dino import Dino
 
-        with one_line(f"{self.spelt('dino_model')} FOLDER"):
+        with refusals(f"{self.spelt('dino_model')} FOLDER"):
             return Dino(self.weights.dino_model, self.device)
 
     @cached_property
@@ -76,35 +76,35 @@ class Judges:
         from fewstep.metrics.lpips import Lpips
 
         net: Any = self.weights.lpips_net
-        with one_line(f"{self.spelt('lpips_weights')} FILE"):
+        with refusals(f"{self.spelt('lpips_weights')} FILE"):
             return Lpips(net, self.weights.lpips_weights, self.device)
 
     @cached_property
     def aesthetic(self) -> Any:
         from fewstep.metrics.aesthetic import load_head
 
-        with one_line(f"{self.spelt('aesthetic_weights')} FILE"):
+        with refusals(f"{self.spelt('aesthetic_weights')} FILE"):
             return load_head(self.weights.aesthetic_weights, self.device)
 
     @cached_property
     def i3d(self) -> Any:
         from fewstep.metrics.video import I3D
 
-        with one_line(f"{self.spelt('i3d_weights')} FILE"):
+        with refusals(f"{self.spelt('i3d_weights')} FILE"):
             return I3D(self.weights.i3d_weights, self.device)
 
     @cached_property
     def raft(self) -> Any:
         from fewstep.metrics.video import Raft
 
-        with one_line(f"{self.spelt('raft_weights')} FILE"):
+        with refusals(f"{self.spelt('raft_weights')} FILE"):
             return Raft(self.weights.raft_weights, device=self.device)
 
     @cached_property
     def hps(self) -> Callable[[Tensor, Sequence[str]], Tensor]:
         from fewstep.metrics.aesthetic import HPS, hps, installed
 
-        with one_line():
+        with refusals():
             installed("hpsv2.img_score", "hpsv2", "hps")
         if (file := self.weights.hps_weights) is not None and not Path(file).is_file():
             raise UserError(f"hps: no file {file}; run: {HPS} (here: {self.spelt('hps_weights')} FILE)")
@@ -114,7 +114,7 @@ class Judges:
     def image_reward(self) -> Callable[[Tensor, Sequence[str]], Tensor]:
         from fewstep.metrics.aesthetic import image_reward, load_reward
 
-        with one_line():
+        with refusals():
             model = load_reward()
         return lambda images, prompts: image_reward(images, prompts, model)
 

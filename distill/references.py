@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep.distill.judges import Judges, one_line
+from fewstep.distill.judges import Judges, refusals
 from fewstep.distill.metric_names import CLIP_SPACES, FRECHET, METRICS, fewest
 from fewstep.distill.seen import Seen
 from fewstep.metrics import clips, images
@@ -45,7 +45,7 @@ def read_reference(source: str, names: Sequence[str], judges: Judges, cache: Pat
         return _published(load_statistics(path), moment_spaces, judges, source)
     if not path.is_dir():
         raise UserError(f"--reference {source}: neither a folder of images, nor a .npz of mu and sigma, nor teacher")
-    with one_line():
+    with refusals():
         for name in needy:
             files = clips.clip_paths(path) if "clips" in METRICS[name].needs else image_files(path)
             if len(files) < (least := 2 if name in FRECHET else fewest(name)):
@@ -72,7 +72,7 @@ def readable(judges: Judges, space: str, folder: str | Path) -> tuple[Features, 
 
 def load_statistics(path: Path) -> Statistics:
     """A file of mu and sigma; UserError where it is none."""
-    with one_line():
+    with refusals():
         return load(path)
 
 

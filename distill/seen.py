@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fewstep.distill.evaluation import Figures
-from fewstep.distill.judges import Judges, one_line
+from fewstep.distill.judges import Judges, refusals
 from fewstep.distill.metric_names import FRECHET, MANIFOLD, MANIFOLDS, METRICS, OF_PROMPTS
 from fewstep.metrics.features import Features, Kept
 from fewstep.metrics.frechet import Gaussian, Running, frechet_figure, frechet_infinity
@@ -98,7 +98,7 @@ def see(
         """Frames of a clip are alike, so that the error of their distance leaves out clips: they have its number."""
         return [k for k in keys for _ in range(images.shape[1])] if space == "frames" else keys
 
-    with one_line():
+    with refusals():
         for space in judges.frechet_spaces(names):
             name = network(space).name
             running = seen.running.setdefault(space, Running(name, GROUPS))
@@ -171,7 +171,7 @@ def see_prompt(seen: Seen, images: Tensor, key: int, names: Sequence[str], judge
     """Take in all images of one prompt, number `key`, where there are two or more: their variety."""
     if len(images) < 2:
         return
-    with one_line():
+    with refusals():
         if "pixel_distance" in names:
             value, error = mean_distance(images, [0] * len(images))
             seen.scores.update([key], pixel_distance=torch.tensor([value]).double())
@@ -206,7 +206,7 @@ def figures(
         teacher: its many-step images, for ratios.
     """
     found: Figures = {}
-    with warnings.catch_warnings(record=True) as said, one_line():
+    with warnings.catch_warnings(record=True) as said, refusals():
         warnings.simplefilter("always")
         for name in names:
             value = _figure(name, seen, judges, groups, reference, teacher)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.distill.judges import one_line
+from fewstep.distill.judges import refusals
 from fewstep.distill.objectives.robust import pseudo_huber
 from fewstep.distill.regression_config import RegressionConfig
 from fewstep.samplers.denoisers.base import Denoiser
@@ -65,7 +65,7 @@ def in_images(denoiser: Denoiser, perceptual: Any) -> Distance:
                 module.to(x0.device)
         with torch.no_grad():
             wanted = images(target)
-        with one_line():
+        with refusals():
             return perceptual.between(images(x0), wanted).mean()
 
     return distance
@@ -76,5 +76,5 @@ def lpips(net: Any, weights: str | None) -> Any:
     """LPIPS, read once; UserError where its weights are missing, with the command or the key that supplies them."""
     from fewstep.metrics.lpips import Lpips
 
-    with one_line("lpips_weights=FILE"):
+    with refusals("lpips_weights=FILE"):
         return Lpips(net, weights)
