@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def probe(name: str, options: argparse.Namespace) -> float:
 
 def judged(name: str, folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of `fewstep evaluate`."""
-    report = folder / f"evaluate-{options.num}.json"
+    report = report_of(name, options)
     if not report.is_file():
         plans = json.loads((folder / "student" / "fewstep.json").read_text())["plans"]
         steps = ",".join(sorted((str(k) for k in plans), key=int, reverse=True))
@@ -133,6 +134,11 @@ def result(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "curve": curve,
         "losses": losses,
     }
+
+
+def report_of(name: str, options: argparse.Namespace) -> Path:
+    """Where `judged` writes, and its picture beside it."""
+    return options.runs / plain(name) / f"evaluate-{options.num}.json"
 
 
 def cell(row: dict[str, Any], name: str) -> str:
@@ -199,6 +205,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
     parser.add_argument("--teacher", type=Path, default=HERE / "quickstart.json", help="a report with its rows")
     parser.add_argument("--out", type=Path, default=HERE / "methods")
+    parser.add_argument("--pictures", type=Path, help="a folder for a picture of each method's student")
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     names = options.configs.split(",")
@@ -227,6 +234,9 @@ def main() -> None:
     options.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     options.out.with_suffix(".svg").write_text(curves(found))
     options.out.with_suffix(".md").write_text(text := table(found, teacher) + "\n")
+    for name in names if options.pictures else ():
+        options.pictures.mkdir(parents=True, exist_ok=True)
+        shutil.copy(report_of(name, options).with_suffix(".png"), options.pictures / f"{plain(name)}.png")
     print(text)
 
 
