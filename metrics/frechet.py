@@ -162,9 +162,10 @@ def _joined(group: Moments | None, rows: Tensor) -> Moments | None:
 
 
 def root(covariance: Tensor) -> Tensor:
-    """Symmetric square root of a positive semidefinite matrix; eigenvalues that rounding made negative count as 0."""
+    """F with F F^T a positive semidefinite matrix, (D, rank): eigenvalues that rounding may have made count as 0."""
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    return vectors[:, kept] * values[kept].sqrt()
 
 
 def frechet_to(a: Gaussian) -> Callable[[Gaussian], float]:
