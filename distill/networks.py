@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fewstep.distill.distiller import Role
+from fewstep.distill.sharding import is_part
 from fewstep.samplers.adapters import Adapted, adapters_added, bare
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
@@ -185,7 +185,7 @@ def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | Non
     if values is None:
         yield
         return
-    if any(isinstance(p, DTensor) for p in parameters.values()):  # gathered from where they lie
+    if any(map(is_part, parameters.values())):  # gathered from where they lie
         with _copied(parameters, values):
             yield
         return

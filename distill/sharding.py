@@ -7,12 +7,12 @@ optimiser's state. A network is gathered for a call one block at a time, and wha
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fewstep.distill.config import ConfigError, TrainConfig
 from fewstep.distill.distiller import Role
@@ -21,6 +21,7 @@ from fewstep.samplers.denoisers.base import Denoiser
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed.tensor import DTensor
 
 PLUGINS = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 """What a launcher can ask accelerate for, and accelerate could do with one model and its optimiser alone."""
@@ -125,17 +126,25 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
             yield from (entry for entry in child if not isinstance(entry, nn.ModuleList | nn.ModuleDict))
 
 
+def is_part(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether this is a process's part of a tensor. Torch's module takes a second to import, and only `shard` needs it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor of a part, which all processes must ask for together; what is no part is itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, which every process holds, placed as `like`; no messages."""
-    if not isinstance(like, DTensor):
-        return tensor
-    # a copy: a chunk would keep the whole tensor in memory
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).clone()
+    if is_part(like):
+        from torch.distributed.tensor import distribute_tensor
+
+        # a copy: a chunk would keep the whole tensor in memory
+        return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).clone()
+    return tensor
 
 
 def skeleton(denoiser: Denoiser) -> dict[str, nn.Module]:
