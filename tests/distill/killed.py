@@ -1,15 +1,10 @@
-"""`python -m tests.distill.killed FOLDER METHOD-KIND ...`: runs that are killed by SIGKILL and resumed.
-
-A program of its own, so that each run is a process that really dies. Imports are paid once: every run is a fork.
-Writes FOLDER/METHOD-KIND/{straight,killed}/run and the exit codes of all runs as FOLDER/METHOD-KIND/codes.json.
-"""
+"""Runs that are killed by SIGKILL and resumed: each is a process that really dies, a fork, so that imports are paid once."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +29,8 @@ PATH: dict[str, Any] = {  # recorded until iteration 3; node 2 from there, node 
 EXTRA: dict[str, dict[str, Any]] = {
     # dropout draws from torch's own generator
     "pretrain-full": {"train_text_encoder": True, "snr_gamma": 5.0},
-    "lcm-lora": {"steps": [1, 2], "preflight": True},
     "lcm-full": {"steps": [1, 2], "mixed_precision": "bf16"},
-    "dmd2-lora": {"steps": [1, 2], "fake_score_updates": 2, "fake_score_learning_rate": 0.02},
+    "dmd2-lora": {"steps": [1, 2], "fake_score_updates": 2, "fake_score_learning_rate": 0.02, "preflight": True},
     "disback-full": {**PATH, "policy": "trajectory", "divergence": "huber_kl", "steps": [2]},
     "dmd-lora": {"num_pairs": 5, "pair_steps": 2, "regression_metric": "pseudo_huber", "regression_weight": 2.0},
 }
@@ -132,7 +126,10 @@ def tear(checkpoints: Path) -> None:
 
 
 def main(folder: Path, names: list[str]) -> None:
-    """All runs of the named combinations."""
+    """All runs of the named combinations, for a process of its own, whose patches stay in it.
+
+    Writes folder/METHOD-KIND/{straight,killed}/run and the exit codes of all runs as folder/METHOD-KIND/codes.json.
+    """
     pipeline = tiny_stable_diffusion()
     pipeline.text_encoder.config.attention_dropout = 0.2
     for module in pipeline.text_encoder.modules():
@@ -150,7 +147,3 @@ def main(folder: Path, names: list[str]) -> None:
         tear(killed / "run/checkpoints")
         codes.append(run(teacher, killed, name, True, lives))
         (folder / name / "codes.json").write_text(json.dumps(codes))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

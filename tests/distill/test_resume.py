@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.distill import killed
 from tests.distill.killed import EXTRA
 from tests.distill.runs import metrics, write_images
+from tests.processes import begun, ended
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    """A folder with the runs of every combination; two programs share them, one for each core."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs of every combination; two processes share them, one for each core."""
     folder = tmp_path_factory.mktemp("runs")
     write_images(folder / "images", 10)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    names = sorted(EXTRA)
-    programs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distill.killed", str(folder), *names[half::2]],
-            cwd=root,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for half in range(2)
-    ]
-    for program in programs:
-        said, _ = program.communicate()
-        assert program.returncode == 0, said
+    names, log = sorted(EXTRA), folder / "log.txt"
+    ended([begun(killed.main, folder, names[half::2], log=log) for half in range(2)], log)
     return folder
 
 
