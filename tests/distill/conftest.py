@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
+import accelerate.utils.imports
 import pytest
+
+# in every step and every backward pass accelerate looks on the disk for a package: a tenth of a small training
+accelerate.utils.imports._is_package_available = cache(accelerate.utils.imports._is_package_available)
 
 
 @pytest.fixture(autouse=True)
