@@ -224,6 +224,8 @@ def test_cost_is_as_declared(scale: float, kind: str, tmp_path: Path):
         rows = {graph: sum(c.rows for c in seen if c.graph is graph) / 2 for graph in (False, True)}
         stop = sum(c.role == "student" for c in seen)
         costs[" and ".join(made.updates(i))][stop] = rows[False], rows[True]
+        if all(by_stop.keys() == {1, 2, 3} for by_stop in costs.values()):
+            break
     assert [by_stop.keys() for by_stop in costs.values()] == [{1, 2, 3}] * 2
     weight = {1: 2 / 3, 2: 1 / 6, 3: 1 / 6}
     for turn, declared in made.forwards().items():

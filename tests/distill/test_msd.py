@@ -155,13 +155,13 @@ def test_a_batch_is_drawn_as_by_each_student_alone(several: Path):
     assert denoiser.router is not None
     condition = denoiser.encode(PROMPTS)
     seeds = list(range(8))
+    students = [load_student(several / f"student/student_{i}") for i in range(2)]
     for order in (torch.arange(8), torch.tensor([7, 2, 5, 0, 3, 6, 1, 4])):
         told, own = condition[order], [seeds[i] for i in order]
         x = sample(denoiser, told, manifest.plan(2), own)
         part = denoiser.router.of(told)
         assert set(part.tolist()) == {0, 1}
-        for i in range(2):
-            alone, said = load_student(several / f"student/student_{i}")
+        for i, (alone, said) in enumerate(students):
             rows = (part == i).nonzero()[:, 0]
             z = sample(alone, told[rows], said.plan(2), [own[j] for j in rows])
             assert torch.equal(x[rows], z)
@@ -192,8 +192,9 @@ def test_the_command_line_draws_with_all(several: Path):
     assert torch.allclose(images, denoiser.decode(x), atol=1e-4)
 
 
+@pytest.mark.parametrize("several", ["lora"], indirect=True)
 def test_a_part_is_the_plain_method_on_its_prompts(several: Path, base: Path):
-    """Bit for bit, though other parts were trained before and after it."""
+    """Bit for bit, though other parts were trained before and after it, on one base."""
     kind = read_manifest(several / "student").kind
     denoiser, _ = load_student(several)
     assert denoiser.router is not None
@@ -237,6 +238,7 @@ def test_a_gan_sees_images_of_its_part_alone(base: Path):
         assert all(torch.equal(found[k], v) for k, v in wanted.items())
 
 
+@pytest.mark.parametrize("several", ["full"], indirect=True)
 def test_an_interrupted_run_goes_on_in_its_part(base: Path, several: Path, monkeypatch: pytest.MonkeyPatch):
     """Killed before the second part: the first is not trained again, and the whole is that of a straight run."""
     kind = read_manifest(several / "student").kind

@@ -22,7 +22,7 @@ from tests.samplers.students import CASES, Saved, latents, saved, scale_weights,
 def test_a_saved_student_loads_as_it_was(students: dict[str, Saved], name: str):
     s = students[name]
     expected = latents(s.student, s.manifest, steps := max(s.manifest.plans))
-    for fuse in (False, True):
+    for fuse in (False, True) if name.endswith("lora") or name == "sd-v-full" else (False,):
         loaded, manifest = load_student(s.folder, fuse=fuse)
         assert manifest == s.manifest
         adapters = [getattr(network, "peft_config", None) for network in loaded.networks.values()]
