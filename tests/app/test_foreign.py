@@ -71,6 +71,8 @@ def test_a_single_file_teaches_and_is_sampled_evaluated_and_shown(
         "report_num=null",
         f"output_dir={tmp_path}",
         "validation_prompts=[a cat]",
+        "validation_guidance_scale=1",
+        "preflight=false",
         "steps=[2]",
     )
     assert "GiB" in fewstep("train", config, f"teacher={file}", *small, "--plan").out
