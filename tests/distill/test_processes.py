@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +15,34 @@ from safetensors.torch import load_file
 
 from fewstep.distill.run import train
 from fewstep.samplers.load import denoiser_of
-from tests.distill import two_processes
 from tests.distill.runs import Scripted, metrics, scripted, square, write_images
 from tests.distill.two_processes import RUNS, settings
 from tests.pipelines import tiny_stable_diffusion
-from tests.processes import ended, group
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of the runs, two processes' and one's, and what each of the two found."""
     folder = tmp_path_factory.mktemp("two") / "runs"
     write_images(folder / "images", 10)
-    log = folder / "log.txt"
-    two = group(two_processes.main, folder, log=log)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = subprocess.Popen(
+        [sys.executable, *command, "-m", "tests.distill.two_processes", str(folder)],
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     for method in RUNS:
         train(settings(folder, method, 1), teacher=denoiser_of(tiny_stable_diffusion()))
-    ended(two, log)
+    said, _ = two.communicate()
+    assert two.returncode == 0, said
     return folder, [json.loads(Path(f"{folder}-{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_there_are_two(runs: tuple[Path, list[dict[str, Any]]]):
-    """Of one group, by the variables of a launcher."""
+    """Some launch commands silently run one."""
     assert [found["world"] for found in runs[1]] == [2, 2]
     assert {found["type"] for found in runs[1]} == {"DistributedType.MULTI_CPU"}
 

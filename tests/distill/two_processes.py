@@ -1,4 +1,4 @@
-"""What each of two processes does and sees, as FOLDER-RANK.json."""
+"""`torchrun ... -m tests.distill.two_processes FOLDER`: what each of two processes does and sees, as FOLDER/RANK.json."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def experts(accelerator: Accelerator) -> list[list[float] | None]:
 
 
 def main(folder: Path) -> None:
-    """Everything, in one group: making it is slow."""
+    """Everything, in one program: starting one is slow."""
     accelerator = Accelerator()
     rank = accelerator.process_index
     found: dict[str, Any] = {"world": accelerator.num_processes, "type": str(accelerator.distributed_type)}
@@ -112,3 +112,7 @@ def main(folder: Path) -> None:
     found["experts"] = experts(accelerator)
     Path(f"{folder}-{rank}.json").write_text(json.dumps(found))
     accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
