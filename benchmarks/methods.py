@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from fewstep.app.plot import COLOURS, plot
 from fewstep.distill.config import load_config
@@ -97,7 +97,8 @@ def judged(name: str, folder: Path, options: argparse.Namespace) -> list[dict[st
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{name}: {(done.stderr.strip().splitlines() or ['exit code'])[-1]}")
-    return [row for row in json.loads(report.read_text())["rows"] if row["role"] == "student"]
+    rows = json.loads(report.read_text())["rows"]
+    return [row | {"source": name} for row in rows if row["role"] == "student"]
 
 
 def result(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -236,7 +237,8 @@ def main() -> None:
     options.out.with_suffix(".md").write_text(text := table(found, teacher) + "\n")
     for name in names if options.pictures else ():
         options.pictures.mkdir(parents=True, exist_ok=True)
-        shutil.copy(report_of(name, options).with_suffix(".png"), options.pictures / f"{plain(name)}.png")
+        with Image.open(report_of(name, options).with_suffix(".png")) as picture:
+            picture.convert("RGB").save(options.pictures / f"{plain(name)}.jpg", quality=85)
     print(text)
 
 
