@@ -29,6 +29,7 @@ HOST = "127.0.0.1"
 CSS = """
 .picture :is(.image-container, button, .image-frame, img) { width: 100%; }
 .picture img { height: auto; object-fit: contain !important; image-rendering: pixelated; }
+.title, .title * { overflow: visible !important; }  /* a browser with bars that stay would show one beside the heading */
 .centred { text-align: center; }
 .cost { min-height: 4em; }
 """
@@ -109,7 +110,7 @@ def page(shown: Sequence[Source], note: str | None = None) -> Any:
     import gradio as gr
 
     with gr.Blocks(title="fewstep playground", delete_cache=(3600, 24 * 3600), analytics_enabled=False) as demo:
-        gr.Markdown("# fewstep playground")
+        gr.Markdown("# fewstep playground", elem_classes="title")
         with gr.Tabs():
             for i, source in enumerate(shown):
                 with gr.Tab(source.name):
