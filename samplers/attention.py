@@ -121,11 +121,13 @@ def _attention(network: nn.Module) -> Iterator[Any]:
 
 def _set(network: nn.Module, kernel: str) -> None:
     from diffusers.models import attention_processor
+    from diffusers.models.attention_dispatch import attention_backend
 
     modules = list(_attention(network))
     if any(hasattr(module.processor, "_attention_backend") for module in modules):
         try:
-            network.set_attention_backend(BACKENDS[kernel])  # type: ignore[operator]
+            with attention_backend():  # the setter would leave its kernel as that of every other network, too
+                network.set_attention_backend(BACKENDS[kernel])  # type: ignore[operator]
         except (RuntimeError, ValueError) as error:
             raise UserError(f"attention {kernel}: {reason(error)}") from error
     for module in modules:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -25,7 +25,7 @@ DISPATCHED = [tiny_wan, tiny_flux]
 
 
 @pytest.fixture
-def xformers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+def xformers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """An xformers of plain attention, wherever diffusers would find the real one; the shapes that it was called with."""
     import diffusers.models.attention_dispatch as dispatch
     import diffusers.models.attention_processor as processors
@@ -52,8 +52,7 @@ def xformers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]
     monkeypatch.setattr(
         "fewstep.samplers.attention.trial", lambda kernel, sizes, device, dtype: trial(kernel, sizes, CPU, dtype)
     )
-    yield calls
-    dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName.NATIVE)
+    return calls
 
 
 def ask(denoiser: Denoiser) -> Tensor:
@@ -77,6 +76,7 @@ def test_xformers_runs_where_it_was_asked_for(build: Callable[[], Any], xformers
     assert kernels(network) == {"sdpa"}
     assert use_attention([network], "xformers", GPU, torch.float32) == "attention: xformers (as asked)"
     assert kernels(network) == {"xformers"}
+    assert kernels(denoiser_of(build()).network) == {"sdpa"}  # others keep theirs
     xformers.clear()  # of the trial
     count = sum(getattr(m, "processor", None) is not None for m in network.modules())
     torch.testing.assert_close(ask(denoiser), expected, rtol=1e-4, atol=1e-5)

@@ -221,12 +221,15 @@ def test_the_network_is_left_as_it_was_found(name: str):
 
 def test_another_attention_backend_is_switched_for_the_call():
     """diffusers' dispatched kernels: here one without a forward-mode derivative."""
+    from diffusers.models.attention_dispatch import attention_backend
+
     denoiser, x, condition = copied("wan")
     t = torch.tensor([0.95, 0.92])
     dx, dt = directions(x, t)
     expected = denoiser.jvp(x, t, condition, dx, dt)
-    for network in denoiser.networks.values():
-        network.set_attention_backend("_native_flash")
+    with attention_backend():  # which the setter changes for other networks, too
+        for network in denoiser.networks.values():
+            network.set_attention_backend("_native_flash")
     try:
         assert denoiser.jvp(x, t, condition, dx, dt)[1].equal(expected[1])
         backends = {m.processor._attention_backend for m in denoiser.network.modules() if hasattr(m, "processor")}
