@@ -46,10 +46,11 @@ def read_reference(source: str, names: Sequence[str], judges: Judges, cache: Pat
     if not path.is_dir():
         raise UserError(f"--reference {source}: neither a folder of images, nor a .npz of mu and sigma, nor teacher")
     with refusals():
+        moving = {name: "clips" in METRICS[name].needs for name in needy}
+        counts = {m: len(clips.clip_paths(path) if m else image_files(path)) for m in dict.fromkeys(moving.values())}
         for name in needy:
-            files = clips.clip_paths(path) if "clips" in METRICS[name].needs else image_files(path)
-            if len(files) < (least := 2 if name in FRECHET else fewest(name)):
-                raise UserError(f"--reference {source}: holds {len(files)} of {least} or more that {name} needs")
+            if (n := counts[moving[name]]) < (least := 2 if name in FRECHET else fewest(name)):
+                raise UserError(f"--reference {source}: holds {n} of {least} or more that {name} needs")
         kept = {s: _keep(judges, s, path, batch) for s in kept_spaces}
         found: dict[str, Gaussian] = {s: moments(kept[s].tensor()) for s in moment_spaces if s in kept}
         for space in set(moment_spaces) - set(found):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,27 @@ class Draws:
     condition: Condition
 
 
-class Pretrain(Distiller):
+class ManySteps(Distiller):
+    """What comes out samples as its teacher does; `config` is a DenoisingConfig, each method's own."""
+
+    config: Any
+    student: Role
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        return tuple(self.config.step_counts)
+
+    def plan(self, steps: int) -> SamplingPlan:
+        if steps not in self.step_counts:
+            raise UserError(f"steps {steps}: this model declares {list(self.step_counts)}")
+        return many_steps(self.student.denoiser, steps, self.config.validation_guidance_scale)
+
+
+class Pretrain(ManySteps):
     """Mean w(t) |o - o*|^2, o* the process's own target for (x0, eps), t uniform or logit-normal (flows: before the shift)."""
 
     needs = frozenset({"images"})
+    config: PretrainConfig
 
     def __init__(self, config: PretrainConfig, networks: Networks):
         self.config = config
@@ -81,15 +99,6 @@ class Pretrain(Distiller):
         snr = (self.noise.alpha(t) / self.noise.sigma(t)).square()
         x0_per_output = self.noise.x0(torch.ones_like(t), torch.zeros_like(t), t)
         return snr.clamp(max=self.config.snr_gamma) * x0_per_output.square()
-
-    @property
-    def step_counts(self) -> tuple[int, ...]:
-        return tuple(self.config.step_counts)
-
-    def plan(self, steps: int) -> SamplingPlan:
-        if steps not in self.step_counts:
-            raise UserError(f"steps {steps}: this model declares {list(self.step_counts)}")
-        return many_steps(self.student.denoiser, steps, self.config.validation_guidance_scale)
 
     def forwards(self) -> dict[str, dict[str, float]]:
         return {"student": {"forward": 0, "backward": 1}}

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from fewstep.distill.config import TSMConfig
-from fewstep.distill.distiller import Batch, Distiller, Losses, Role
-from fewstep.distill.methods.pretrain import Draws
+from fewstep.distill.distiller import Batch, Losses, Role
+from fewstep.distill.methods.pretrain import Draws, ManySteps
 from fewstep.distill.networks import Networks
-from fewstep.distill.objectives.levels import many_steps, training_level
+from fewstep.distill.objectives.levels import training_level
 from fewstep.distill.random import Rngs
 from fewstep.samplers.condition import dropped
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.noise import expand
-from fewstep.samplers.plan import SamplingPlan
 
 
-class TeacherScoreMatching(Distiller):
+class TeacherScoreMatching(ManySteps):
     """Mean min(w, limit) |x0_student(x_t) - sg[x0_teacher(x_t)]|^2, with w = |do / dx0|^2 of the prediction type."""
 
     needs = frozenset({"images", "student_config"})
+    config: TSMConfig
 
     def __init__(self, config: TSMConfig, networks: Networks):
         if networks.kind == "lora":
@@ -63,15 +63,6 @@ class TeacherScoreMatching(Distiller):
             return torch.ones_like(t)
         x0_per_output = self.noise.x0(torch.ones_like(t), torch.zeros_like(t), t)
         return (self.config.weight_limit * x0_per_output.square()).clamp(max=1)
-
-    @property
-    def step_counts(self) -> tuple[int, ...]:
-        return tuple(self.config.step_counts)
-
-    def plan(self, steps: int) -> SamplingPlan:
-        if steps not in self.step_counts:
-            raise UserError(f"steps {steps}: this model declares {list(self.step_counts)}")
-        return many_steps(self.student.denoiser, steps, self.config.validation_guidance_scale)
 
     def forwards(self) -> dict[str, dict[str, float]]:
         return {"student": {"forward": 1, "backward": 1}}
