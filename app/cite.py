@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -72,6 +74,12 @@ PAPERS = {
         "2024",
         "Multi-student Diffusion Distillation for Better One-step Generators",
         ("Yanke Song", "Jonathan Lorraine", "Weili Nie", "Karsten Kreis", "James Lucas"),
+    ),
+    "progressive": (
+        "2202.00512",
+        "2022",
+        "Progressive Distillation for Fast Sampling of Diffusion Models",
+        ("Tim Salimans", "Jonathan Ho"),
     ),
     "sid": (
         "2404.04057",
@@ -144,6 +152,16 @@ def papers(method: str, student: str, parts: int | None = 1) -> tuple[str, ...]:
     return (*BEHIND[method], "lcm-lora") if method == "lcm" and student == "lora" else BEHIND[method]
 
 
+def of_parts(record: dict[str, Any]) -> Iterator[str]:
+    """Keys of `PAPERS` behind what a config adds to its method."""
+    if record.get("student_init") or record.get("student_config"):
+        yield "msd"
+    if record.get("regression_weight"):
+        yield "progressive" if record.get("policy") == "trajectory" else "dmd"
+    if record.get("gan_weight") and record.get("discriminator") == "heads":
+        yield "dmd2"
+
+
 def bibtex(key: str) -> str:
     """One entry."""
     number, year, title, authors = PAPERS[key]
@@ -161,7 +179,7 @@ def bibtex(key: str) -> str:
 
 
 def cite(source: str) -> str:
-    """The papers of what ran in a run's or a student's folder.
+    """The papers of what ran in a run's folder, or of the method alone in a student's.
 
     Raises:
         ConfigError: where there is neither.
@@ -171,7 +189,7 @@ def cite(source: str) -> str:
         try:
             text = (folder / name).read_text(encoding="utf-8")
             record = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
-            keys = papers(record["method"], record[kind], record.get("parts"))
+            keys = dict.fromkeys([*papers(record["method"], record[kind], record.get("parts")), *of_parts(record)])
         except OSError:
             continue
         except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:

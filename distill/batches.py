@@ -90,5 +90,5 @@ class Batches:
             numbers = Rngs(self.seed, iteration, indices).integers("pair", 0, len(self.pairs)).tolist()
             rows = {k: v.to(self.device) for k, v in self.pairs[numbers].items()}
             told = self.condition[[self.pairs.captions[n] for n in numbers]].to(self.device)
-            batch.pairs = Pairs(rows["z"], rows["x"], told)
+            batch.pairs = Pairs(rows["z"], rows["x"], told, rows.get("between"))
         return batch, rng

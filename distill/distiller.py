@@ -50,11 +50,13 @@ class Pairs:
         z: standard normal, (B, C, ...).
         x: latents where the teacher's ODE takes it, (B, C, ...).
         condition: under which.
+        between: the ODE's states on the way, at levels where steps of the student end, (B, S, C, ...), or None.
     """
 
     z: Tensor
     x: Tensor
     condition: Condition
+    between: Tensor | None = None
 
 
 @dataclass

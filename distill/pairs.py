@@ -17,8 +17,8 @@ from torch import Tensor
 from fewstep.distill import cache
 from fewstep.distill.cache import Rows, StoredConditions
 from fewstep.distill.data import DataSet
-from fewstep.distill.objectives.levels import even_levels, start_scale
-from fewstep.distill.presets import DistributionMatchingConfig
+from fewstep.distill.family_config import DistributionMatchingConfig
+from fewstep.distill.objectives.levels import ends, even_levels, start_scale
 from fewstep.distill.random import generator
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
@@ -44,10 +44,12 @@ class StoredPairs:
 
 
 def teacher_plan(config: DistributionMatchingConfig, teacher: Denoiser) -> SamplingPlan:
-    """The teacher's ODE in `pair_steps` even levels, guided, from the noise that its pipeline starts from."""
+    """The teacher's ODE, guided, from the noise that its pipeline starts from, through `pair_steps` even levels and those
+    where steps of the student's trajectories end.
+    """
     scale = config.guidance_scale if config.pair_guidance_scale is None else config.pair_guidance_scale
     told = {"embedded_guidance": scale} if teacher.takes_guidance else {"guidance_scale": scale}
-    levels = even_levels(teacher.noise, config.pair_steps)
+    levels = sorted({*even_levels(teacher.noise, config.pair_steps), *ends(config, teacher.noise)}, reverse=True)
     return plan_of_levels(levels, initial_scale=start_scale(teacher.noise), **told)
 
 
@@ -84,7 +86,15 @@ def make_pairs(
     plan, captions = teacher_plan(config, teacher), captions_of_pairs(data, config.num_pairs)
     seeds = [generator("pair", i).initial_seed() for i in range(config.num_pairs)]
     by = cache.made_by(teacher, teacher.pipeline.components.keys() - {"vae", "scheduler"})
-    how = [by, config.negative_prompt, list(shape), plan.model_dump(), _levels(teacher, plan)]
+    kept = ends(config, teacher.noise)
+    how = [
+        by,
+        config.negative_prompt,
+        list(shape),
+        plan.model_dump(),
+        _levels(teacher, plan),
+        *([kept] if kept else []),
+    ]
     chunks = [range(i, min(i + cache.CHUNK, len(seeds))) for i in range(0, len(seeds), cache.CHUNK)]
     paths = [
         cache.cached(config, "pairs", *how, [data.captions[captions[i]] for i in chunk], [seeds[i] for i in chunk])
@@ -94,14 +104,16 @@ def make_pairs(
 
     def make(numbers: Sequence[int]) -> None:
         nonlocal spoke
-        for number in numbers:
-            if cache.whole(paths[number]):
-                continue
-            rows = list(chunks[number])
+        missing = [n for n in numbers if not cache.whole(paths[n])]
+        at_once = max(1, config.train_batch_size // cache.CHUNK)
+        for i in range(0, len(missing), at_once):
+            group = missing[i : i + at_once]
+            rows = [row for number in group for row in chunks[number]]
             told = condition[[captions[i] for i in rows]]
-            cache.write(
-                paths[number], _pairs(teacher, told, plan, [seeds[i] for i in rows], shape, config.train_batch_size)
-            )
+            made = _pairs(teacher, told, plan, [seeds[i] for i in rows], shape, config.train_batch_size, kept)
+            parts = {k: v.split([len(chunks[number]) for number in group]) for k, v in made.items()}
+            for place, number in enumerate(group):
+                cache.write(paths[number], {k: v[place] for k, v in parts.items()})
             if time.monotonic() - spoke > 10:
                 spoke = time.monotonic()
                 say(f"pairs: {rows[-1] + 1} of {len(seeds)}")
@@ -128,9 +140,16 @@ def _pairs(
     seeds: Sequence[int],
     shape: tuple[int, ...],
     batch: int,
+    kept: Sequence[float],
 ) -> dict[str, Tensor]:
-    x = [
-        sample(teacher, condition[i : i + batch], plan, seeds[i : i + batch], shape).cpu()
-        for i in range(0, len(seeds), batch)
-    ]
-    return {"z": randn((len(seeds), *shape), generators(seeds)), "x": torch.cat(x)}
+    states: dict[float, list[Tensor]] = {level: [] for level in [*kept, plan.steps[-1].to]}
+
+    def keep(step: int, x0: Tensor, x: Tensor) -> None:
+        if plan.steps[step].to in states:
+            states[plan.steps[step].to].append(x.cpu())
+
+    for i in range(0, len(seeds), batch):
+        sample(teacher, condition[i : i + batch], plan, seeds[i : i + batch], shape, callback=keep)
+    *between, x = [torch.cat(of) for of in states.values()]
+    made = {"z": randn((len(seeds), *shape), generators(seeds)), "x": x}
+    return made | ({"between": torch.stack(between, 1)} if between else {})

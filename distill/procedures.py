@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from fewstep.distill.presets import DistributionMatchingConfig, Explicit
+from fewstep.distill.family_config import DistributionMatchingConfig, Explicit
 
 
 class DisBackConfig(DistributionMatchingConfig, frozen=True):

@@ -16,11 +16,11 @@ from fewstep.distill.batches import Batches
 from fewstep.distill.config import ConfigError, TrainConfig, load_config
 from fewstep.distill.data import DataSet
 from fewstep.distill.distiller import Distiller
+from fewstep.distill.family_config import DistributionMatchingConfig
 from fewstep.distill.methods import distiller, why_not
 from fewstep.distill.networks import Networks
 from fewstep.distill.objectives import regression
 from fewstep.distill.pairs import make_pairs
-from fewstep.distill.presets import DistributionMatchingConfig
 from fewstep.distill.record import Record, check_tracker, pixels_shape
 from fewstep.distill.student_start import said, student_start
 from fewstep.distill.trainer import Trainer

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +63,11 @@ class NoiseProcess(ABC):
         """Alpha and sigma at `t`, broadcastable over `x`."""
         t = t if t.dtype == torch.float64 else t.float()
         t = t.to(x.device)
-        return expand(self.alpha(t), x), expand(self.sigma(t), x)
+        alpha, sigma = self._both(t)
+        return expand(alpha, x), expand(sigma, x)
+
+    def _both(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.alpha(t), self.sigma(t)
 
     def add(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t from clean data and noise."""
@@ -152,10 +154,17 @@ class Discrete(NoiseProcess):
         self.n = len(table)
         if table[-1] == 0 and prediction_type == "epsilon":
             raise UserError("prediction_type epsilon says nothing at zero terminal SNR; use v_prediction or sample")
-        self._ratio = torch.cat([torch.zeros(1).double(), ((1 - table) / table).sqrt()])  # sigma / alpha at i / N
+        ratio = torch.cat([torch.zeros(1).double(), ((1 - table) / table).sqrt()])
+        self._ratios = {(ratio.device, ratio.dtype): ratio}  # sigma / alpha at i / N, where it was asked for
 
-    def _interpolated(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        ratio = self._ratio.to(t)
+    def _table(self, t: Tensor) -> Tensor:
+        place = (t.device, t.dtype)
+        if place not in self._ratios:
+            self._ratios[place] = next(iter(self._ratios.values())).to(t)
+        return self._ratios[place]
+
+    def _both(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        ratio = self._table(t)
         position = t * self.n
         low = position.detach().floor().clamp(0, self.n - 1).long()
         weight = position - low
@@ -168,10 +177,10 @@ class Discrete(NoiseProcess):
         return torch.where(last, small, large), torch.where(last, large, small)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self._interpolated(t)[0]
+        return self._both(t)[0]
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self._interpolated(t)[1]
+        return self._both(t)[1]
 
     def model_time(self, t: Tensor) -> Tensor:
         """Index on the training grid, fractional; 0 below the first entry."""
@@ -258,54 +267,3 @@ class TrigFlow(NoiseProcess):
 
     def from_model_time(self, time: Tensor) -> Tensor:
         return time.double() * (2 / math.pi)
-
-
-def from_config(config: Mapping[str, Any], sequence_length: int | None = None) -> NoiseProcess:
-    """The noise process of a diffusers scheduler config.
-
-    Args:
-        config: `scheduler.config`, with or without `_class_name`.
-        sequence_length: number of image tokens, needed where the shift is dynamic.
-
-    Raises:
-        UserError: for a scheduler that is none of these, naming it.
-    """
-    name = config.get("_class_name", "")
-    if name == "SCMScheduler":
-        return TrigFlow()
-    if name.startswith("EDM"):
-        return EDM(config.get("prediction_type", "sample"), config["sigma_max"], config["rho"])
-    if "flow" in name.lower() or config.get("prediction_type") == "flow_prediction":
-        return Flow(_shift_factor(config, sequence_length), config.get("num_train_timesteps", 1000))
-    if "beta_schedule" in config:
-        if config.get("thresholding"):
-            raise UserError(f"{name}: dynamic thresholding is not supported; set thresholding to false")
-        clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None
-        return Discrete(_alphas_cumprod(config), config.get("prediction_type", "epsilon"), clip)
-    raise UserError(
-        f"scheduler {name or dict(config)}: no noise process known for it; known: DDPM-like, flow, EDM, SCM"
-    )
-
-
-def from_scheduler(scheduler: Any, sequence_length: int | None = None) -> NoiseProcess:
-    """`from_config` of a scheduler in memory, whose config names its class only if it was loaded from a file."""
-    return from_config({**scheduler.config, "_class_name": type(scheduler).__name__}, sequence_length)
-
-
-def _shift_factor(config: Mapping[str, Any], sequence_length: int | None) -> float:
-    if not config.get("use_dynamic_shifting"):
-        return config.get("shift") or config.get("flow_shift") or 1.0
-    if sequence_length is None:
-        raise UserError("the scheduler's shift depends on the resolution: pass the number of image tokens")
-    low, high = config["base_image_seq_len"], config["max_image_seq_len"]
-    slope = (config["max_shift"] - config["base_shift"]) / (high - low)
-    mu = config["base_shift"] + slope * (sequence_length - low)
-    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-
-
-def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
-    """The table that diffusers itself computes for these betas, in its own float32."""
-    from diffusers import DDIMScheduler
-
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    return DDIMScheduler(**{k: config[k] for k in keys if k in config}).alphas_cumprod

@@ -128,7 +128,7 @@ def sample(
     seeds: Sequence[int],
     latent_shape: tuple[int, ...] | None = None,
     members: Sequence[Denoiser] = (),
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Sample one latent per seed, (B, C, ...), float32, on the denoiser's device.
 
@@ -139,7 +139,7 @@ def sample(
         seeds: B integers; the same seeds in `pipeline(generator=[...])` give the same noise.
         latent_shape: one sample's shape; default: the pipeline's own.
         members: see `denoiser`.
-        callback: called with the step's index and x0 prediction.
+        callback: called after each step with its index, its x0 prediction and where it ends.
     """
     denoisers = [denoiser, *members]
     random = generators(seeds)
@@ -159,7 +159,7 @@ def sample(
             kept, x0 = clipped(x, x0, t, d.noise)
             if plan.rule != "sde":  # diffusers' DDIM keeps the noise of the unclipped prediction, its DDPM does not
                 x = kept
-            if callback:
-                callback(i, x0)
             x = d.add_noise(*rule(x, x0, t, s, d.noise, z), random).float() if step.to > 0 else x0.float()
+            if callback:
+                callback(i, x0, x)
     return x

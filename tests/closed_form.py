@@ -173,7 +173,7 @@ class GaussianTeacher(Denoiser):
 
 def vp(prediction_type: str = "epsilon", zero_terminal_snr: bool = False) -> NoiseProcess:
     """Stable Diffusion's levels."""
-    from fewstep.samplers.noise import from_config
+    from fewstep.samplers.noise_config import from_config
 
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
     return from_config({**betas, "prediction_type": prediction_type, "rescale_betas_zero_snr": zero_terminal_snr})

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from fewstep.distill.distiller import Batch, Distiller, Losses, Role
+from fewstep.distill.family_config import DistributionMatchingConfig, Explicit, Noisy, OfRatio
 from fewstep.distill.networks import Networks
 from fewstep.distill.objectives import adversarial, cost, implicit, policy, regression
 from fewstep.distill.objectives.divergence import huber, reverse_kl, sid, sim, spread, surrogate, weighted
 from fewstep.distill.objectives.f_divergence import density_ratio, uni_instruct, weights
 from fewstep.distill.objectives.fake_score import reweighted, subinterval_error, x0_hat_error
-from fewstep.distill.objectives.levels import even_levels, signal_lost, start_scale
+from fewstep.distill.objectives.levels import ends, even_levels, signal_lost, start_scale
 from fewstep.distill.objectives.policy import Draws, Point, backward_simulation, drawn_step, noised_data
-from fewstep.distill.presets import DistributionMatchingConfig, Explicit, Noisy, OfRatio
 from fewstep.distill.random import Rngs
 from fewstep.samplers.condition import Condition, concatenate, dropped
 from fewstep.samplers.errors import UserError
@@ -53,6 +53,8 @@ class DistributionMatching(Distiller):
         self.top = even_levels(self.noise, 1, top)[0]  # of a table an entry
         t = self.noise.shift(torch.tensor(self.top, dtype=torch.float64))
         self.scale = float(self.noise.sigma(t)) if at_level else start_scale(self.noise)
+        if config.start_gap and self.scale != 1:
+            raise UserError(f"start_gap: a start from noise of scale {self.scale:.4g} has one level; set start_gap: 0")
         self.phase_ends = policy.phase_ends(networks.base, even_levels(self.noise, config.steps[0], self.top), config)
         self.student = networks.trained("student", phase_ends=self.phase_ends)
         self.fake_score = networks.trained("fake_score", phase_ends=self.phase_ends)
@@ -83,6 +85,8 @@ class DistributionMatching(Distiller):
             told, plan = condition.with_guidance(self.guidance), self.plan(policy.drawn_count(c.steps, rng))
             if c.policy == "trajectory":
                 draws = policy.trajectory_draws(self.student.denoiser, told, plan, rng, batch.shape, roles)
+                if batch.pairs is not None and "student" in roles:
+                    draws.paired = policy.paired_step(batch.pairs, plan, ends(c, self.noise), rng, self.noise)
             else:
                 number, _ = policy.phase_of(iteration, len(self.phases), c)
                 draws = policy.phase_draws(
@@ -151,15 +155,20 @@ class DistributionMatching(Distiller):
         scalars |= {"spread": spread(x0), "gap": (f - r).abs().mean()}
         yield Losses(loss, {"loss": loss.detach(), **scalars})
         if c.regression_weight:
-            yield self.regression(batch)
+            yield self.regression(batch, draws.paired)
 
-    def regression(self, batch: Batch) -> Losses:
-        """The student's one step from the noises of pairs, against what the teacher's many steps made of them (DMD)."""
+    def regression(self, batch: Batch, paired: tuple[Tensor, Tensor, Tensor] | None = None) -> Losses:
+        """The student's one step from the noises of pairs, against what the teacher's many steps made of them (DMD).
+
+        `paired`: a step on the way instead (`Draws.paired`).
+        """
         assert batch.pairs is not None
         t = self.noise.shift(torch.tensor(self.top, device=batch.pairs.z.device))
+        x_t, t, target = paired or (self.scale * batch.pairs.z, t, batch.pairs.x)
         told = batch.pairs.condition.with_guidance(self.guidance)
-        x0 = self.student.denoiser.x0(self.scale * batch.pairs.z, t, told)
-        d, distances = regression.direction(x0, batch.pairs.x, self.distance)
+        x0 = self.student.denoiser.x0(x_t, t, told)
+        rows = 1 if self.config.decodes else len(x0)
+        d, distances = regression.direction(x0, target, self.distance, rows)
         return Losses(surrogate(x0, self.config.regression_weight * d), {"regression": distances.mean()})
 
     @cached_property
@@ -285,7 +294,7 @@ class DistributionMatching(Distiller):
         if steps not in self.config.steps:
             counts = ", ".join(map(str, self.step_counts))
             raise UserError(f"steps {steps}: this student was trained for {counts} steps")
-        levels = even_levels(self.noise, steps, self.top)
+        levels = even_levels(self.noise, steps, self.top - self.config.below_top(steps))
         rule = "ode" if self.config.policy in Noisy else "consistency"
         plan = plan_of_levels(levels, rule=rule, initial_scale=self.scale, embedded_guidance=self.guidance)
         taken = [sum(step.level <= end for end in self.phase_ends) for step in plan.steps]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewstep.distill.presets import DistributionMatchingConfig, Explicit
+from fewstep.distill.family_config import DistributionMatchingConfig, Explicit
 
 
 def calls(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewstep.distill.config import DenoisingConfig
+from fewstep.distill.family_config import DistributionMatchingConfig
 from fewstep.distill.random import Rngs
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.noise import Discrete, Flow, NoiseProcess
@@ -28,6 +29,15 @@ def even_levels(noise: NoiseProcess, steps: int, top: float = 1.0) -> list[float
     """
     levels = [top * (1 - i / steps) for i in range(steps)]
     return [round(v * noise.n) / noise.n for v in levels] if isinstance(noise, Discrete) else levels
+
+
+def ends(config: DistributionMatchingConfig, noise: NoiseProcess) -> list[float]:
+    """Where steps of the student's trajectories end before their last, decreasing; none of other policies."""
+    if config.policy != "trajectory":
+        return []
+    first = config.init_level or 1.0
+    inner = (v for k in config.steps for v in even_levels(noise, k, first - config.below_top(k))[1:])
+    return sorted(set(inner), reverse=True)
 
 
 def signal_lost(noise: NoiseProcess, ratio: float = 2.5) -> float:

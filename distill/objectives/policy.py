@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fewstep.distill.presets import DistributionMatchingConfig
+from fewstep.distill.distiller import Pairs
+from fewstep.distill.family_config import DistributionMatchingConfig
+from fewstep.distill.objectives import regression
 from fewstep.distill.random import Rngs
 from fewstep.samplers import rules
 from fewstep.samplers.condition import Condition
@@ -43,14 +45,17 @@ class Point:
 class Draws:
     """The student's x0 (B, ...), with a graph if it steps; a level (B,) and noise (B, ...) for each role's loss.
 
-    `points`: what each role's loss noises, where that is not x0 but a sample at a lower level. `conditions`: what each role is told, where some prompts were emptied; `scale`: the teacher's guidance,
-    where it is drawn (B,), or not the config's.
+    `points`: what each role's loss noises, where that is not x0 but a sample at a lower level. `paired`: of each pair a
+    state x_t of the teacher's on the way of the student's steps, its t, and the x0 that takes it to the next.
+    `conditions`: what each role is told, where some prompts were emptied; `scale`: the teacher's guidance, where it is
+    drawn (B,), or not the config's.
     """
 
     x0: Tensor
     t: dict[str, Tensor] = field(default_factory=dict)
     eps: dict[str, Tensor] = field(default_factory=dict)
     points: dict[str, Point] = field(default_factory=dict)
+    paired: tuple[Tensor, Tensor, Tensor] | None = None
     conditions: dict[str, Condition] = field(default_factory=dict)
     scale: float | Tensor | None = None
 
@@ -167,6 +172,26 @@ def trajectory_draws(
             x0 = student.x0(x_t, t, condition)
             points[role] = Point(jump(x_t, x0.detach(), t, s, student.noise), x0, start, to, s)
     return Draws(points[roles[0]].x0, points=points)
+
+
+def paired_step(
+    pairs: Pairs, plan: SamplingPlan, between: Sequence[float], rng: Rngs, noise: NoiseProcess
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t, t and x0 of a step of the plan, drawn in each row, on the path of the teacher's ODE (`Draws.paired`).
+
+    `between`: levels of the states that the pairs have on the way.
+    """
+    states = [plan.initial_scale * pairs.z, *(() if pairs.between is None else pairs.between.unbind(1)), pairs.x]
+    path, places = torch.stack(states), [plan.levels[0], *between, plan.steps[-1].to]
+    step = rng.integers("pair step", 0, len(plan.steps))
+
+    def row(levels: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """State and level of each row."""
+        place = torch.tensor([places.index(v) for v in levels], device=step.device)
+        return chosen(path, place[step]), noise.shift(torch.tensor(levels, device=step.device)[step])
+
+    (x_t, t), (x_s, s) = row(plan.levels), row([taken.to for taken in plan.steps])
+    return x_t, t, regression.held_to(x_t, x_s, t, s, noise)
 
 
 def phase_ends(teacher: Denoiser, levels: Sequence[float], config: DistributionMatchingConfig) -> tuple[float, ...]:

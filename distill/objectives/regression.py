@@ -17,25 +17,34 @@ from fewstep.distill.judges import refusals
 from fewstep.distill.objectives.robust import pseudo_huber
 from fewstep.distill.regression_config import RegressionConfig
 from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.noise import NoiseProcess
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Samples and targets (B, ...), latents, to the mean of their distances, ()."""
 
 
-def direction(x0: Tensor, target: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:
-    """N times the gradient of each row's distance, N its number of elements, (B, ...), and the distances (B,).
+def direction(x0: Tensor, target: Tensor, distance: Distance, rows: int = 1) -> tuple[Tensor, Tensor]:
+    """N times the gradient of each row's distance, N its number of elements, (B, ...), and the mean distances of parts.
 
-    Without graph, in full precision, a row at a time: of a decoder of images the graph of one row may be larger than
-    that of the whole batch through the network.
+    Without graph, in full precision, so many rows at a time: of a decoder of images the graph of one row may be larger
+    than that of the whole batch through the network.
     """
     gradients, values = [], []
     with torch.enable_grad(), torch.autocast(x0.device.type, enabled=False):
-        for row, to in zip(x0.detach().split(1), target.split(1), strict=True):
-            row.requires_grad_()
-            value = distance(row, to)
-            gradients.append(torch.autograd.grad(value, row)[0] * row.numel())
+        for part, to in zip(x0.detach().split(rows), target.split(rows), strict=True):
+            part.requires_grad_()
+            value = distance(part, to)
+            gradients.append(torch.autograd.grad(value, part)[0] * part.numel())
             values.append(value.detach())
     return torch.cat(gradients), torch.stack(values)
+
+
+def held_to(x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, noise: NoiseProcess) -> Tensor:
+    """The x0 with which one step of the `ode` rule goes from x_t to x_s, s < t; x_s itself at s = 0."""
+    alpha_t, sigma_t = noise.levels(t, x_t)
+    alpha_s, sigma_s = noise.levels(s, x_t)
+    kept = sigma_s / sigma_t
+    return (x_s - kept * x_t) / (alpha_s - kept * alpha_t)
 
 
 def distance_of(config: RegressionConfig, huber_c: float, denoiser: Denoiser) -> Distance:

@@ -17,7 +17,8 @@ from fewstep.samplers.denoisers.vae import images_of_latents, latents_of_images
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.features import captured, quarters
 from fewstep.samplers.forward_mode import forward_mode
-from fewstep.samplers.noise import NoiseProcess, from_scheduler
+from fewstep.samplers.noise import NoiseProcess
+from fewstep.samplers.noise_config import from_scheduler
 from fewstep.samplers.router import Router
 from fewstep.samplers.rules import add_noise
 

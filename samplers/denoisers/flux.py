@@ -11,7 +11,8 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser, pipeline_size
-from fewstep.samplers.noise import NoiseProcess, from_scheduler
+from fewstep.samplers.noise import NoiseProcess
+from fewstep.samplers.noise_config import from_scheduler
 from fewstep.samplers.rules import add_noise
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser, pipeline_size
-from fewstep.samplers.noise import NoiseProcess, from_scheduler
+from fewstep.samplers.noise import NoiseProcess
+from fewstep.samplers.noise_config import from_scheduler
 
 
 class StableDiffusion3(Denoiser):

@@ -34,9 +34,26 @@ def test_papers_of_a_run_and_of_its_student(tmp_path: Path, method: str, student
     assert re.findall(r"eprint += \{(.*)\}", cite(str(tmp_path))) == numbers
 
 
+@pytest.mark.parametrize(
+    ("added", "keys"),
+    [
+        ({"regression_weight": 4.0, "policy": "trajectory"}, ["tdm", "progressive"]),
+        ({"regression_weight": 0.25, "policy": "backward_simulation"}, ["tdm", "dmd"]),
+        ({"gan_weight": 0.01, "discriminator": "heads"}, ["tdm", "dmd2"]),
+        ({"gan_weight": 0.01, "discriminator": "mean"}, ["tdm"]),
+        ({"student_init": "runs/tsm", "regression_weight": 0.0, "gan_weight": 0.0}, ["tdm", "msd"]),
+        ({"student_config": {"layers_per_block": 1}}, ["tdm", "msd"]),
+    ],
+    ids=str,
+)
+def test_what_a_config_adds_is_cited(tmp_path: Path, added: dict, keys: list[str]):
+    (tmp_path / "config.yaml").write_text(json.dumps({"method": "tdm", "student": "full"} | added))
+    assert re.findall(r"eprint += \{(.*)\}", cite(str(tmp_path))) == [PAPERS[key][0] for key in keys]
+
+
 def test_every_method_is_known():
     assert BEHIND.keys() == METHODS.keys()
-    assert {key for m in METHODS for key in papers(m, "lora", 2)} == PAPERS.keys()
+    assert {key for m in METHODS for key in papers(m, "lora", 2)} | {"progressive"} == PAPERS.keys()
     assert papers("dmd2", "full", 2) == ("msd", *papers("dmd2", "full", 1))
 
 

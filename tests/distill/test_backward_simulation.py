@@ -65,7 +65,7 @@ def test_backward_simulation_is_the_students_own_sampling(name: str, tmp_path: P
     seen: list[Tensor] = []
     assert batch.condition is not None
     with calls(made) as sampled:
-        last = sample(student, batch.condition, made.plan(3), seeds, callback=lambda i, x0: seen.append(x0.float()))
+        last = sample(student, batch.condition, made.plan(3), seeds, callback=lambda i, x0, x: seen.append(x0.float()))
     assert torch.equal(seen[-1], last)
     clip = made.noise.clip_range
     for stop in range(3):

@@ -81,7 +81,7 @@ def points(method: DistributionMatching, teacher: MixtureTeacher) -> tuple[Tenso
     seen: list[Tensor] = []
     plan = method.plan(method.config.steps[0])
     condition = teacher.encode([""] * 16)
-    sample(method.student.denoiser, condition, plan, range(16), (2, 32, 32), callback=lambda i, x0: seen.append(x0))
+    sample(method.student.denoiser, condition, plan, range(16), (2, 32, 32), callback=lambda i, x0, x: seen.append(x0))
     steps = [x0.float().movedim(1, -1).reshape(-1, 2) for x0 in seen]
     return steps[-1], torch.cat(steps) if plan.rule == "consistency" else steps[-1]
 

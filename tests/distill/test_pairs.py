@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.distill import cache, pairs
@@ -48,9 +49,9 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of each call of the sampler while pairs are made."""
     rows: list[int] = []
 
-    def counted(denoiser: Any, condition: Any, *rest: Any) -> Tensor:
+    def counted(denoiser: Any, condition: Any, *rest: Any, **named: Any) -> Tensor:
         rows.append(condition.size)
-        return sample(denoiser, condition, *rest)
+        return sample(denoiser, condition, *rest, **named)
 
     monkeypatch.setattr(pairs, "sample", counted)
     return rows
@@ -105,10 +106,10 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path, sampled: list[
     sampled.clear()
     counted = pairs.sample
 
-    def killed(*arguments: Any) -> Tensor:
+    def killed(*arguments: Any, **named: Any) -> Tensor:
         if len(sampled) == 2:
             raise KeyboardInterrupt
-        return counted(*arguments)
+        return counted(*arguments, **named)
 
     monkeypatch.setattr(pairs, "sample", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -188,3 +189,23 @@ def test_draws_are_counted(tmp_path: Path):
         parts = [batches(1, rank=r, world=2, accumulation=2)(i, m)[0].pairs for m in range(2) for r in range(2)]
         assert torch.equal(torch.cat([p.z for p in parts if p is not None]), batch.pairs.z)
     assert seen == set(range(10))
+
+
+def test_files_are_made_as_many_at_once_as_a_batch_holds(
+    tmp_path: Path, sampled: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """Three pairs a file: a batch of 7 makes two files in one pass, and of what is missing alone; the pairs are the same."""
+    monkeypatch.setattr(cache, "CHUNK", 3)
+    teacher = gaussian()
+    one = made(tmp_path / "one", teacher, train_batch_size=1)[range(10)]
+    sampled.clear()
+    many = made(tmp_path / "many", teacher, train_batch_size=7)[range(10)]
+    assert sampled == [6, 4]
+    assert all(torch.equal(one[k], many[k]) for k in one)
+    torn = sorted((tmp_path / "many" / "cache").iterdir())[0]
+    rows = len(load_file(torn)["z"])
+    os.truncate(torn, torn.stat().st_size - 1)
+    sampled.clear()
+    again = made(tmp_path / "many", teacher, train_batch_size=7)[range(10)]
+    assert sampled == [rows]
+    assert all(torch.equal(one[k], again[k]) for k in one)

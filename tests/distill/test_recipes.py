@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from fewstep.distill import load_config, train
 from fewstep.distill.config import CONFIGS, METHODS, DenoisingConfig, TrainConfig
+from fewstep.distill.family_config import DistributionMatchingConfig
 from fewstep.distill.methods import distiller
-from fewstep.distill.presets import DistributionMatchingConfig
 from fewstep.distill.teachers import embed, untrained
 from fewstep.samplers.load import EMBEDDED, family
 from fewstep.samplers.manifest import read_manifest

@@ -166,18 +166,27 @@ def stored(batch: Batch) -> StoredPairs:
 
     class Held(StoredPairs):
         def __getitem__(self, numbers: Any) -> dict[str, Tensor]:
-            return {"z": pairs.z[list(numbers)].float(), "x": pairs.x[list(numbers)].float()}
+            rows = {"z": pairs.z, "x": pairs.x, "between": pairs.between}
+            return {k: v[list(numbers)].float() for k, v in rows.items() if v is not None}
 
     return Held(None, [0] * len(pairs.z))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("changes", [{}, {"steps": [1, 2], "fake_score_updates": 2}, {"guidance_scale": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"steps": [1, 2], "fake_score_updates": 2}, {"guidance_scale": 1.0}, {"method": "tdm", "steps": [2]}],
+    ids=str,
+)
 def test_cost_is_as_declared(changes: dict[str, Any], tmp_path: Path):
     """One call of the student with a graph on top, in the student's turn; pairs cost nothing while a student trains."""
     teacher = Teacher(PROCESSES["vp"], [0.7], [0.5], side=1)
-    made = method(tmp_path, teacher, **(DMD | {"train_batch_size": 2} | changes))
+    made = method(tmp_path, teacher, **(DMD | {"train_batch_size": 2, "regression_weight": 0.25} | changes))
     trainer = under_training(tmp_path, made, teacher, [str(SHIFT)] * 4)
-    trainer.batches.pairs = stored(gaussian_pairs(made, teacher, 8))
+    batch = gaussian_pairs(made, teacher, 8)
+    assert batch.pairs is not None
+    if made.config.policy == "trajectory":
+        batch.pairs.between = batch.pairs.x[:, None]
+    trainer.batches.pairs = stored(batch)
     plain = method(tmp_path, teacher, **(DMD | {"regression_weight": 0.0} | changes))
     for i in range(3):
         with calls(made) as seen:
@@ -235,7 +244,7 @@ def test_it_reaches_the_student_alone_with_a_graph_of_its_own(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"steps": [4]}, {"policy": "trajectory"}, {"method": "tdm", "regression_weight": 1.0}], ids=str
+    "changes", [{"steps": [4]}, {"policy": "noised_data", "steps": [2]}, {"policy": "phases"}], ids=str
 )
 def test_what_has_no_one_step_is_refused(changes: dict[str, Any], tmp_path: Path):
     with pytest.raises(ConfigError, match="regression_weight: compares what the student's one step makes of a noise"):

@@ -237,7 +237,7 @@ def test_the_rollout_is_the_students_own_sampling(name: str, tmp_path: Path):
     assert batch.condition is not None
     seen: list[Tensor] = []
     with calls(made) as sampled:
-        sample(student, batch.condition, made.plan(3), seeds, callback=lambda i, x0: seen.append(x0.float()))
+        sample(student, batch.condition, made.plan(3), seeds, callback=lambda i, x0, x: seen.append(x0.float()))
     assert torch.equal(sampled[0].x_t, made.scale * randn(seen[0].shape, generators(seeds)))
     for stop in range(3):
         with calls(made) as rolled:

@@ -107,7 +107,7 @@ def test_the_trajectory_is_the_students_own_sampling(name: str, tmp_path: Path):
     batch = prompts_of(student, prompts)
     assert batch.condition is not None
     seen: list[Tensor] = []
-    last = sample(student, batch.condition, made.plan(3), seeds, callback=lambda i, x0: seen.append(x0.float()))
+    last = sample(student, batch.condition, made.plan(3), seeds, callback=lambda i, x0, x: seen.append(x0.float()))
     clip, steps = made.noise.clip_range, set()
     for i in range(6):
         rng = Sequential(seeds, 0)

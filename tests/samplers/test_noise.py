@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.noise import EDM, Discrete, Flow, NoiseProcess, TrigFlow, expand, from_config, from_scheduler
+from fewstep.samplers.noise import EDM, Discrete, Flow, NoiseProcess, TrigFlow, expand
+from fewstep.samplers.noise_config import from_config, from_scheduler
 from tests.closed_form import processes, vp
 
 PROCESSES = processes()
