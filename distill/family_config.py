@@ -72,6 +72,14 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
         lt=0.5,
         description="policy trajectory: how much lower each further step count starts, by which the network knows it",
     )
+    separate_levels: bool = Field(
+        True,
+        description="policy trajectory: a step's end is compared at the step's levels alone, or at all above where it ends",
+    )
+    step_conditioned: bool = Field(
+        False,
+        description="policy trajectory, full weights: the fake score is told which step of which count ended there",
+    )
     min_level: float = Field(0.02, ge=0, lt=1, description="of the levels where scores are compared")
     max_level: float = Field(0.98, gt=0, le=1, validate_default=True)
     level_margin: float = Field(
@@ -131,6 +139,14 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
                 f"start_gap {self.start_gap:g}: of policy trajectory; with {self.policy} every step count asks the first "
                 "call for the same"
             )
+        if self.policy != "trajectory" and (self.step_conditioned or not self.separate_levels):
+            key = "step_conditioned" if self.step_conditioned else "separate_levels"
+            raise ValueError(f"{key}: of policy trajectory, now {self.policy}")
+        if not self.separate_levels and not self.step_conditioned:
+            raise ValueError(
+                "separate_levels false: the ends of several steps meet at one level, each with a law of its own; set "
+                "step_conditioned: true"
+            )
         if self.policy not in Noisy:
             if self.fake_score_target == "x0_hat":
                 raise ValueError("fake_score_target x0_hat is of policy trajectory; clean samples have one target")
@@ -153,11 +169,16 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
         """How far below the first level of all a step count starts."""
         return self.start_gap * sorted(set(self.steps)).index(count)
 
+    def steps_before(self, count: int) -> int:
+        """Steps of the counts below, in which this count's are numbered on."""
+        return sum(k for k in set(self.steps) if k < count)
+
     def _levels_left(self, count: int) -> None:
         top = (self.init_level or 1.0) - self.below_top(count)
         for i in range(count):
             start, to = top * (1 - i / count), top * (1 - (i + 1) / count)
-            low, high = max(self.min_level, to + self.level_margin), min(self.max_level, start)
+            above = start if self.separate_levels else top
+            low, high = max(self.min_level, to + self.level_margin), min(self.max_level, above)
             if low >= high:
                 raise ValueError(
                     f"no level is left to compare scores in step {i + 1} of {count}, from {start:.4g} to {to:.4g}: "

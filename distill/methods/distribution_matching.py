@@ -57,7 +57,11 @@ class DistributionMatching(Distiller):
             raise UserError(f"start_gap: a start from noise of scale {self.scale:.4g} has one level; set start_gap: 0")
         self.phase_ends = policy.phase_ends(networks.base, even_levels(self.noise, config.steps[0], self.top), config)
         self.student = networks.trained("student", phase_ends=self.phase_ends)
-        self.fake_score = networks.trained("fake_score", phase_ends=self.phase_ends)
+        self.fake_score = (
+            self.told_steps(networks)
+            if config.step_conditioned
+            else networks.trained("fake_score", phase_ends=self.phase_ends)
+        )
         phased = config.policy == "phases"
         self.phases = policy.phases(self.student.denoiser, self.plan(config.steps[0])) if phased else [range(0)]
         self.discriminator: adversarial.Discriminator | None = None
@@ -84,7 +88,7 @@ class DistributionMatching(Distiller):
         if c.policy in Noisy:
             told, plan = condition.with_guidance(self.guidance), self.plan(policy.drawn_count(c.steps, rng))
             if c.policy == "trajectory":
-                draws = policy.trajectory_draws(self.student.denoiser, told, plan, rng, batch.shape, roles)
+                draws = policy.trajectory_draws(c, self.student.denoiser, told, plan, rng, batch.shape, roles)
                 if batch.pairs is not None and "student" in roles:
                     draws.paired = policy.paired_step(batch.pairs, plan, ends(c, self.noise), rng, self.noise)
             else:
@@ -180,7 +184,7 @@ class DistributionMatching(Distiller):
         """Squared errors of the fake score on the noised samples, weighted, (B, ...)."""
         c = self.config
         x_t = self.noise.add(x0, eps, t) if point is None else self.noise.renoise(point.x, eps, point.s, t)
-        told = condition.with_guidance(self.guidance)
+        told = self.told_fake(condition, point)
         output = self.fake_score.denoiser.guided_predict(x_t, t, told, c.fake_train_guidance_scale)
         if point is not None and c.fake_score_target == "x0_hat":
             return x0_hat_error(output, x_t, point.x0, eps, t, self.noise)
@@ -225,6 +229,26 @@ class DistributionMatching(Distiller):
                 return None, logits(x0)
         return adversarial.direction(x0, logits, 10.0 if c.discriminator == "mean" else None)
 
+    def told_steps(self, networks: Networks) -> Role:
+        """A fake score with an input for the number of a step: where others are told a guidance scale."""
+        if networks.kind == "lora":
+            raise UserError(
+                "step_conditioned: the step's number is a new input, which adapters cannot add: student: full"
+            )
+        if self.teacher.denoiser.takes_guidance:
+            raise UserError(
+                "step_conditioned: this network's one further input is told its guidance scale; set it to false"
+            )
+        try:
+            return networks.trained("fake_score", guidance_input=True)
+        except UserError as error:
+            raise UserError(f"step_conditioned: {error}") from error
+
+    def told_fake(self, condition: Condition, point: Point | None) -> Condition:
+        """What the fake score is told: the scale where all networks are, or the number of the step that ended."""
+        numbered = point is not None and point.number is not None
+        return condition.with_guidance(point.number if numbered else self.guidance)
+
     def told(self, condition: Condition) -> Condition:
         """What the discriminator is told: a fake score trained without prompts is not told one there."""
         condition = condition.with_guidance(self.guidance)
@@ -254,8 +278,7 @@ class DistributionMatching(Distiller):
             return self.target.guided_x0(x_t, t, condition, scale)
 
         def fake(x_t: Tensor) -> Tensor:
-            told = condition.with_guidance(self.guidance)
-            return self.fake_score.denoiser.guided_x0(x_t, t, told, c.fake_guidance_scale)
+            return self.fake_score.denoiser.guided_x0(x_t, t, self.told_fake(condition, point), c.fake_guidance_scale)
 
         def potential(x: Tensor, r: Tensor, f: Tensor) -> Tensor:
             if c.divergence == "sid":

@@ -31,7 +31,8 @@ from fewstep.samplers.plan import SamplingPlan
 class Point:
     """What a step of the student makes, without graph: `x` at level `to`, by its `x0`; compared from there up to `start`.
 
-    x, x0: (B, ...). Levels before the shift, (B,), to < start; `s` is that of x after it.
+    x, x0: (B, ...). Levels before the shift, (B,), to < start; `s` is that of x after it. `number`: of the step among those
+    of all counts, (B,), or None.
     """
 
     x: Tensor
@@ -39,6 +40,7 @@ class Point:
     start: Tensor
     to: Tensor
     s: Tensor
+    number: Tensor | None = None
 
 
 @dataclass
@@ -153,7 +155,13 @@ def chosen(states: Tensor, step: Tensor) -> Tensor:
 
 
 def trajectory_draws(
-    student: Denoiser, condition: Condition, plan: SamplingPlan, rng: Rngs, shape: tuple[int, ...], roles: list[str]
+    config: DistributionMatchingConfig,
+    student: Denoiser,
+    condition: Condition,
+    plan: SamplingPlan,
+    rng: Rngs,
+    shape: tuple[int, ...],
+    roles: list[str],
 ) -> Draws:
     """Where steps of the student's own trajectory end, for each role a step of its own in each row.
 
@@ -165,12 +173,15 @@ def trajectory_draws(
     for role in roles:
         step = rng.integers(f"{role} step", 0, len(plan.steps))
         start, to = starts[step], ends[step]
-        s = student.noise.shift(to)
-        points[role] = Point(chosen(states, step + 1), chosen(predictions, step), start, to, s)
+        t, s = student.noise.shift(start), student.noise.shift(to)
+        compared = start if config.separate_levels else starts[0].expand_as(start)
+        number = config.steps_before(len(plan.steps)) + step if config.step_conditioned else None
+        x, x0 = chosen(states, step + 1), chosen(predictions, step)
         if role == "student":
-            x_t, t = chosen(states, step), student.noise.shift(start)
+            x_t = chosen(states, step)
             x0 = student.x0(x_t, t, condition)
-            points[role] = Point(jump(x_t, x0.detach(), t, s, student.noise), x0, start, to, s)
+            x = jump(x_t, x0.detach(), t, s, student.noise)
+        points[role] = Point(x, x0, compared, to, s, number)
     return Draws(points[roles[0]].x0, points=points)
 
 
