@@ -151,12 +151,13 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
             if self.fake_score_target == "x0_hat":
                 raise ValueError("fake_score_target x0_hat is of policy trajectory; clean samples have one target")
             return self
-        if self.divergence not in ("reverse_kl", "huber_kl") or self.gan_weight > 0:
-            what = f"divergence {self.divergence}" if self.gan_weight == 0 else "a GAN (gan_weight above 0)"
+        if self.divergence not in ("reverse_kl", "huber_kl"):
             raise ValueError(
-                f"policy {self.policy} compares samples that keep noise, {what} clean ones; it takes divergence "
-                "reverse_kl or huber_kl, and gan_weight 0"
+                f"policy {self.policy} compares samples that keep noise, divergence {self.divergence} clean ones; it takes "
+                "reverse_kl or huber_kl"
             )
+        if self.policy == "phases" and self.gan_weight > 0:
+            raise ValueError("policy phases takes no GAN (gan_weight above 0): each phase has a fake score of its own")
         if self.policy == "phases" and len(self.steps) > 1:
             raise ValueError(
                 f"policy phases trains one step count, got steps {self.steps}: the phases are those of its levels"

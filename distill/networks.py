@@ -76,6 +76,21 @@ class Networks:
         self._roles[name] = role
         return role
 
+    def numbered(self, name: str) -> Role:
+        """A trained role that is told the number of a step too, by the input that others are told a guidance scale by."""
+        if self.kind == "lora":
+            raise UserError(
+                "step_conditioned: the step's number is a new input, which no adapter adds; set student: full"
+            )
+        if self.base.takes_guidance:
+            raise UserError(
+                "step_conditioned: the network's one further input is told its guidance scale; leave it out"
+            )
+        try:
+            return self.trained(name, guidance_input=True)
+        except UserError as error:
+            raise UserError(f"step_conditioned: {error}") from error
+
     def frozen(self, name: str) -> Role:
         """A role that starts as the teacher and that no optimiser steps: its method writes other weights into it."""
         role = self.trained(name)

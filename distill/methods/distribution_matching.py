@@ -57,11 +57,10 @@ class DistributionMatching(Distiller):
             raise UserError(f"start_gap: a start from noise of scale {self.scale:.4g} has one level; set start_gap: 0")
         self.phase_ends = policy.phase_ends(networks.base, even_levels(self.noise, config.steps[0], self.top), config)
         self.student = networks.trained("student", phase_ends=self.phase_ends)
-        self.fake_score = (
-            self.told_steps(networks)
-            if config.step_conditioned
-            else networks.trained("fake_score", phase_ends=self.phase_ends)
-        )
+        if config.step_conditioned:
+            self.fake_score = networks.numbered("fake_score")
+        else:
+            self.fake_score = networks.trained("fake_score", phase_ends=self.phase_ends)
         phased = config.policy == "phases"
         self.phases = policy.phases(self.student.denoiser, self.plan(config.steps[0])) if phased else [range(0)]
         self.discriminator: adversarial.Discriminator | None = None
@@ -102,8 +101,9 @@ class DistributionMatching(Distiller):
             draws.conditions[role] = condition
             draws.t[role] = self.noise.shift(policy.drawn_level(c, role, rng, draws.points.get(role)))
             draws.eps[role] = rng.normal(f"{role} noise", batch.shape)
-        for name in self.own_levels(roles):
-            draws.t[name] = self.noise.shift(1 - rng.uniform(f"{name} level"))
+        for role, name in self.own_levels(roles):
+            u, point = 1 - rng.uniform(f"{name} level"), draws.points.get(role)
+            draws.t[name] = self.noise.shift(u if point is None else point.to + (point.start - point.to) * u)
             draws.eps[name] = rng.normal(f"{name} noise", batch.shape)
         if c.fake_score_prompt_dropout and "fake_score" in roles:
             keep = rng.uniform("fake_score dropout") >= c.fake_score_prompt_dropout
@@ -112,12 +112,16 @@ class DistributionMatching(Distiller):
             draws.scale = c.guidance_scale + (c.guidance_scale_max - c.guidance_scale) * rng.uniform("guidance")
         return draws
 
-    def own_levels(self, roles: list[str]) -> list[str]:
-        """What heads look at, each at a level and with a noise of its own; others share those of the role's loss."""
+    def own_levels(self, roles: list[str]) -> list[tuple[str, str]]:
+        """Role, and what heads look at in its turn, each at a level and with a noise of its own; others share the role's."""
         if self.discriminator is None or not self.config.own_gan_levels:
             return []
         looks = {"student": ["student gan"], "fake_score": ["fake gan", "real gan"]}
-        return [name for role in roles for name in looks[role]]
+        return [(role, name) for role in roles for name in looks[role]]
+
+    def noised(self, x: Tensor, eps: Tensor, t: Tensor, point: Point | None) -> Tensor:
+        """x_t of clean samples, or of those at a point's level, noised on from there."""
+        return self.noise.add(x, eps, t) if point is None else self.noise.renoise(x, eps, point.s, t)
 
     def rollout(self, batch: Batch, rng: Rngs, graph: bool, condition: Condition | None = None) -> Tensor:
         """The student's x0 at a step of its own sampling that is drawn once for all samples; on which input, the policy."""
@@ -183,7 +187,7 @@ class DistributionMatching(Distiller):
     def denoising(self, x0: Tensor, t: Tensor, eps: Tensor, condition: Condition, point: Point | None) -> Tensor:
         """Squared errors of the fake score on the noised samples, weighted, (B, ...)."""
         c = self.config
-        x_t = self.noise.add(x0, eps, t) if point is None else self.noise.renoise(point.x, eps, point.s, t)
+        x_t = self.noised(x0 if point is None else point.x, eps, t, point)
         told = self.told_fake(condition, point)
         output = self.fake_score.denoiser.guided_predict(x_t, t, told, c.fake_train_guidance_scale)
         if point is not None and c.fake_score_target == "x0_hat":
@@ -202,10 +206,13 @@ class DistributionMatching(Distiller):
         Both are told the same, the sample's size included: an image's own `size_ids` would give it away.
         """
         assert batch.x0 is not None
+        point = draws.points.get("fake_score")
         names = ("fake gan", "real gan") if "real gan" in draws.t else ("fake_score", "fake_score")
-        t = torch.cat([draws.t[n] for n in names])
-        x_t = self.noise.add(torch.cat([draws.x0.detach(), batch.x0]), torch.cat([draws.eps[n] for n in names]), t)
-        fake, real = discriminator(x_t, t, concatenate([self.told(condition)] * 2)).chunk(2)
+        (t, eps), (t_real, eps_real) = ((draws.t[n], draws.eps[n]) for n in names)
+        x_t = self.noised(draws.x0.detach() if point is None else point.x, eps, t, point)
+        x_t = torch.cat([x_t, self.noise.add(batch.x0, eps_real, t_real)])
+        told = concatenate([self.told(condition, point)] * 2)
+        fake, real = discriminator(x_t, torch.cat([t, t_real]), told).chunk(2)
         loss = adversarial.discriminator_loss(fake, real).mean()
         right = ((fake.detach() < 0).float().mean() + (real.detach() > 0).float().mean()) / 2
         return Losses(self.config.discriminator_weight * loss, {"gan": loss.detach(), "gan_accuracy": right})
@@ -215,43 +222,29 @@ class DistributionMatching(Distiller):
     ) -> tuple[Tensor | None, Tensor]:
         """What the GAN does to the sample at weight 1, none if its weight is 0, and the logits; without graph.
 
-        `mean` bounds its logits.
+        `mean` bounds its logits. Of a sample that keeps noise it is done to the point, as the divergence's direction is.
         """
-        c = self.config
+        c, point = self.config, draws.points.get("student")
         t, eps = (v["student gan" if c.own_gan_levels else "student"] for v in (draws.t, draws.eps))
-        told = self.told(condition)
+        told = self.told(condition, point)
 
         def logits(x: Tensor) -> Tensor:
-            return discriminator(self.noise.add(x, eps, t), t, told)
+            return discriminator(self.noised(x, eps, t, point), t, told)
 
+        x = x0 if point is None else point.x
         if not c.gan_weight:
             with torch.no_grad():
-                return None, logits(x0)
-        return adversarial.direction(x0, logits, 10.0 if c.discriminator == "mean" else None)
-
-    def told_steps(self, networks: Networks) -> Role:
-        """A fake score with an input for the number of a step: where others are told a guidance scale."""
-        if networks.kind == "lora":
-            raise UserError(
-                "step_conditioned: the step's number is a new input, which adapters cannot add: student: full"
-            )
-        if self.teacher.denoiser.takes_guidance:
-            raise UserError(
-                "step_conditioned: this network's one further input is told its guidance scale; set it to false"
-            )
-        try:
-            return networks.trained("fake_score", guidance_input=True)
-        except UserError as error:
-            raise UserError(f"step_conditioned: {error}") from error
+                return None, logits(x)
+        return adversarial.direction(x, logits, 10.0 if c.discriminator == "mean" else None)
 
     def told_fake(self, condition: Condition, point: Point | None) -> Condition:
         """What the fake score is told: the scale where all networks are, or the number of the step that ended."""
-        numbered = point is not None and point.number is not None
-        return condition.with_guidance(point.number if numbered else self.guidance)
+        number = None if point is None else point.number
+        return condition.with_guidance(self.guidance if number is None else number)
 
-    def told(self, condition: Condition) -> Condition:
+    def told(self, condition: Condition, point: Point | None = None) -> Condition:
         """What the discriminator is told: a fake score trained without prompts is not told one there."""
-        condition = condition.with_guidance(self.guidance)
+        condition = self.told_fake(condition, point)
         return condition.unconditional() if self.config.fake_train_guidance_scale == 0 else condition
 
     def direction(
@@ -272,7 +265,7 @@ class DistributionMatching(Distiller):
         c = self.config
 
         def noised(x: Tensor) -> Tensor:
-            return self.noise.add(x, eps, t) if point is None else self.noise.renoise(point.x, eps, point.s, t)
+            return self.noised(x if point is None else point.x, eps, t, point)
 
         def teacher(x_t: Tensor) -> Tensor:
             return self.target.guided_x0(x_t, t, condition, scale)

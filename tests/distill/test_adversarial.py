@@ -15,6 +15,7 @@ from fewstep.distill.distiller import Batch
 from fewstep.distill.methods.distribution_matching import DistributionMatching, Draws
 from fewstep.distill.networks import require_grad
 from fewstep.distill.objectives import adversarial
+from fewstep.distill.objectives.policy import Point
 from fewstep.distill.random import Rngs
 from fewstep.distill.run import refuse
 from fewstep.samplers.plan import generators
@@ -162,8 +163,60 @@ def test_levels_and_noises(kind: str, tmp_path: Path):
     assert all(torch.equal(told[k], v.expand_as(told[k])) for k, v in empty.items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_and_noises_of_samples_that_keep_noise(kind: str, tmp_path: Path):
+    """Fakes are noised on from where their step ended, to levels of the step; real ones from clean, to such levels, too."""
+    made, batch = made_of(tmp_path, kind, method="tdm", steps=[4])
+    below = 0
+    for i in range(4):
+        draws = made.draw(batch, Rngs(0, i, range(2)), i, ["student", "fake_score"])
+        with calls(made) as seen:
+            for role in ("student", "fake_score"):
+                list(made.loss(role, batch, draws, 0))
+        names = ("student gan", "fake gan", "real gan") if kind == "heads" else ("student", "fake_score", "fake_score")
+        points = [draws.points[role] for role in ("student", "fake_score", "fake_score")]
+        for name, at in zip(names, points, strict=True):
+            assert ((draws.t[name] > at.to) & (draws.t[name] <= at.start)).all()
+            below += int((at.to > 0).sum())
+        wanted = [
+            made.noise.renoise(at.x, draws.eps[n], at.s, draws.t[n])
+            for n, at in zip(names[:2], points[:2], strict=True)
+        ]
+        wanted.append(made.noise.add(batch.x0, draws.eps[names[2]], draws.t[names[2]]))
+        assert torch.allclose(torch.cat([c.x_t for c in seen if c.stopped]), torch.cat(wanted), atol=1e-6)
+    assert below > 0
+
+
+def test_what_it_adds_where_a_step_ends(tmp_path: Path):
+    """With logit k x_t and x_t = a x_s + b xi: -gan_weight N k a sigmoid(-k x_t) on the sample, N = 1, at the point."""
+    x, k = Laws(), 0.7
+    settings = {"method": "tdm", "steps": [2], "divergence": "reverse_kl", "weight": "none", "guidance_scale": 2.0}
+    plain = exact(tmp_path, "vp", x, **settings)
+    made = exact(tmp_path, "vp", x, **(GAN | settings | {"discriminator": "mean"}))
+    made.discriminator = lambda x_t, t, condition: k * x_t.flatten(1)  # type: ignore[assignment]
+    batch, x0, t, eps = rows(made, x)
+    t = 0.5 + t / 2
+    start, to = (torch.full_like(t, v) for v in (1.0, 0.5))
+    s = made.noise.shift(to)
+    at = Point(0.8 * x0 + 0.1, x0, start, to, s)
+    found = []
+    for method in (made, plain):
+        sample = x0.clone().requires_grad_()
+        draws = Draws(sample, t={"student": t}, eps={"student": eps}, points={"student": at})
+        (losses,) = method.loss("student", batch, draws, 0)
+        losses.total.backward()
+        assert sample.grad is not None
+        found.append(sample.grad * sample.numel())
+    a, b = made.noise.kernel(s, t, x0)
+    wanted = -0.5 * k * a * (-k * (a * at.x + b * eps)).sigmoid()
+    assert torch.allclose(found[0] - found[1], wanted, rtol=1e-6, atol=1e-12)
+    assert wanted.abs().max() > 0.01
+
+
 COSTS: list[dict[str, Any]] = [
     {"discriminator": "heads"},
+    {"method": "tdm", "discriminator": "heads", "steps": [2]},
+    {"method": "tdm", "discriminator": "mean", "steps": [2]},
     {"discriminator": "mean", "fake_train_guidance_scale": 0.0},
     {"method": "uni_instruct", "discriminator": "mean", "exact_divergence": True},
     {"method": "uni_instruct", "divergence": "f_distill", "discriminator": "heads", "gan_weight": 0.0},

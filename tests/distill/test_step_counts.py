@@ -211,7 +211,7 @@ def test_refused(changes: dict[str, Any], words: str, tmp_path: Path):
 
 def test_what_has_no_input_for_the_number_is_refused(tmp_path: Path):
     """Adapters add no layer, and a network that is told its guidance scale has its input taken."""
-    with pytest.raises(UserError, match="a new input, which adapters cannot add: student: full"):
+    with pytest.raises(UserError, match="a new input, which no adapter adds; set student: full"):
         lora(tmp_path, tiny_stable_diffusion(), method="tdm", step_conditioned=True)
     with pytest.raises(UserError, match="one further input is told its guidance scale"):
         method(tmp_path, Teacher(PROCESSES["flow"], [0.0], [1.0], guided=1.0), method="tdm", step_conditioned=True)
