@@ -150,7 +150,11 @@ def test_unet2d(prediction_type: str, clip_sample: bool):
     plan = plan_of_scheduler(pipe.scheduler, denoiser, 10)
     reached: list[float] = []
     ours = sample(
-        denoiser, denoiser.encode(["", ""]), plan, SEEDS, callback=lambda _, x0: reached.append(x0.abs().max().item())
+        denoiser,
+        denoiser.encode(["", ""]),
+        plan,
+        SEEDS,
+        callback=lambda _, x0, x: reached.append(x0.abs().max().item()),
     )
     assert (max(reached) == 1) == clip_sample  # the bound is met, and met only where it is set
     theirs = pipe(batch_size=2, num_inference_steps=10, generator=generators(SEEDS), output_type="pt").images

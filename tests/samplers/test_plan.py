@@ -157,14 +157,15 @@ def test_one_step_is_the_prediction_whatever_the_rule(rule: str):
 
 
 def test_start_end_and_callback():
-    """Initial scale multiplies z; a plan that ends above 0 returns x there; the callback sees each x0."""
+    """Initial scale multiplies z; a plan that ends above 0 returns x there; the callback sees each x0 and where it leads."""
     teacher = GaussianTeacher(Flow(), 0.7, 0.5)
-    seen: list[tuple[int, Tensor]] = []
+    seen: list[tuple[int, Tensor, Tensor]] = []
     plan = plan_of_levels([1.0], end=0.4, initial_scale=2.0)
-    got = sample(teacher, teacher.encode([""]), plan, [3], callback=lambda i, x0: seen.append((i, x0)))
+    got = sample(teacher, teacher.encode([""]), plan, [3], callback=lambda *step: seen.append(step))
     z = 2 * randn((1, 1, 1, 1), generators([3]))
-    ((index, x0),) = seen
+    ((index, x0, x),) = seen
     assert index == 0
+    assert torch.equal(x, got)
     assert x0.item() == pytest.approx(0.7, abs=1e-6)  # alpha = 0 at t = 1: the mean
     torch.testing.assert_close(got, 0.6 * x0.float() + 0.4 * z)
 
@@ -189,7 +190,7 @@ def test_members_take_the_steps_that_name_them():
         SamplingPlan(steps=steps),
         [0],
         members=[second],
-        callback=lambda _, x0: seen.append(x0.item()),
+        callback=lambda _, x0, x: seen.append(x0.item()),
     )
     assert seen == pytest.approx([1, -2], abs=1e-2)
     assert got.item() == pytest.approx(-2, abs=1e-2)
@@ -266,7 +267,7 @@ def test_clip_sample_bounds_x0_and_keeps_the_noise_of_ddim_but_not_of_ddpm(rule:
         teacher.encode([""]),
         plan_of_levels([1.0], end=0.5, rule=rule),
         [0],
-        callback=lambda _, x: seen.append(x),
+        callback=lambda _, x0, x: seen.append(x0),
     )
     x0 = ((z + 0.8) / 0.6).clamp(-1, 1)
     assert ((z + 0.8) / 0.6).abs() > 1
