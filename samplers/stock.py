@@ -114,7 +114,12 @@ def stock(denoiser: Denoiser, plans: Mapping[int, SamplingPlan]) -> tuple[Any, d
                 f"plan of {steps} steps: no stock scheduler of {_class(denoiser)} follows rule {plan.rule} through the "
                 f"levels {levels}{advice}"
             )
-    raise UserError(f"plans of {', '.join(map(str, plans))} steps: no one stock scheduler follows them all")
+    firsts = {plan.levels[0] for plan in plans.values()}
+    lost = 1.0 in firsts and len(firsts) > 1 and not denoiser.noise.alpha(torch.ones(()))
+    advice = (
+        "; where nothing of the signal is left, at level 1, all must start or none (init_level below 1)" if lost else ""
+    )
+    raise UserError(f"plans of {', '.join(map(str, plans))} steps: no one stock scheduler follows them all{advice}")
 
 
 def _class(denoiser: Denoiser) -> str:

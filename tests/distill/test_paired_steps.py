@@ -15,13 +15,13 @@ from torch import Tensor
 from fewstep.distill.config import ConfigError
 from fewstep.distill.distiller import Batch, Pairs
 from fewstep.distill.networks import require_grad
-from fewstep.distill.objectives.levels import ends
+from fewstep.distill.objectives.levels import ends, even_levels
 from fewstep.distill.objectives.regression import held_to
 from fewstep.distill.random import Rngs
 from fewstep.samplers import rules
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
-from fewstep.samplers.plan import generators
+from fewstep.samplers.plan import generators, plan_of_levels
 from fewstep.samplers.rules import randn
 from fewstep.samplers.stock import stock
 from tests.distill.exact import SHIFT, prompts_of
@@ -187,6 +187,15 @@ def test_gaps_in_plain_diffusers(pipeline: Any, top: float | None, grid: dict[in
     for count, levels in grid.items():
         call = by_steps[count].arguments | {"sigmas": [1.0]} if levels == [1.0] else by_steps[count].arguments
         assert call.get("timesteps", call.get("sigmas")) == pytest.approx(levels)
+
+
+def test_gaps_below_level_1_of_zero_terminal_snr_are_refused_with_the_remedy():
+    """Euler has infinite numbers there, DDIM no levels but its own."""
+    teacher = denoiser_of(tiny_stable_diffusion(prediction_type="v_prediction", zero_terminal_snr=True))
+    plans = {k: plan_of_levels(even_levels(teacher.noise, k, 1 - gap)) for k, gap in ((1, 0.0), (2, 0.04))}
+    with pytest.raises(UserError, match=r"plans of 1, 2 steps: no one stock scheduler .* \(init_level below 1\)"):
+        stock(teacher, plans)
+    assert stock(teacher, {k: plan_of_levels(even_levels(teacher.noise, k, 0.98)) for k in (1, 2)})
 
 
 @pytest.mark.parametrize(
