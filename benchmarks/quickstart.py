@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.distill import picture
 from fewstep.distill.console import answer, quiet
 from fewstep.distill.evaluation import (
     REFERENCE_SEED,
@@ -210,6 +211,8 @@ def benchmark(options: argparse.Namespace) -> None:
     ]
     options.out.with_suffix(".md").write_text("\n\n".join(text) + "\n")
     print("\n\n".join(text[2:]))
+    if options.picture:
+        picture.save(comparison.picture(), options.picture)
 
 
 def chosen(report: dict[str, Any]) -> list[list[str]]:
@@ -244,6 +247,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=numbers(str), default=list(EMBEDDED), help="sets, the first is the main one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmark-quickstart"))
+    parser.add_argument("--picture", type=Path, help="of the first images of every row")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(""))
     options = parser.parse_args()
     sys.exit(answer(lambda: benchmark(options)))
