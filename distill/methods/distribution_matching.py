@@ -21,7 +21,7 @@ from fewstep.distill.objectives import adversarial, cost, implicit, policy, regr
 from fewstep.distill.objectives.divergence import huber, reverse_kl, sid, sim, spread, surrogate, weighted
 from fewstep.distill.objectives.f_divergence import density_ratio, uni_instruct, weights
 from fewstep.distill.objectives.fake_score import reweighted, subinterval_error, x0_hat_error
-from fewstep.distill.objectives.levels import ends, even_levels, signal_lost, start_scale
+from fewstep.distill.objectives.levels import ends, even_levels, first_level, start_scale
 from fewstep.distill.objectives.policy import Draws, Point, backward_simulation, drawn_step, noised_data
 from fewstep.distill.random import Rngs
 from fewstep.samplers.condition import Condition, concatenate, dropped
@@ -49,8 +49,7 @@ class DistributionMatching(Distiller):
         # where the scale is an input of the networks, the student is told the teacher's, and so is its fake score
         self.guidance = config.guidance_scale if self.teacher.denoiser.takes_guidance else None
         at_level = config.start == "level"
-        top = config.init_level or (signal_lost(self.noise) if at_level else 1.0)
-        self.top = even_levels(self.noise, 1, top)[0]  # of a table an entry
+        self.top = first_level(config, self.noise)
         t = self.noise.shift(torch.tensor(self.top, dtype=torch.float64))
         self.scale = float(self.noise.sigma(t)) if at_level else start_scale(self.noise)
         if config.start_gap and self.scale != 1:

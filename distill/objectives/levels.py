@@ -31,11 +31,17 @@ def even_levels(noise: NoiseProcess, steps: int, top: float = 1.0) -> list[float
     return [round(v * noise.n) / noise.n for v in levels] if isinstance(noise, Discrete) else levels
 
 
+def first_level(config: DistributionMatchingConfig, noise: NoiseProcess) -> float:
+    """Of the student's first call; of a table an entry."""
+    top = config.init_level or (signal_lost(noise) if config.start == "level" else 1.0)
+    return even_levels(noise, 1, top)[0]
+
+
 def ends(config: DistributionMatchingConfig, noise: NoiseProcess) -> list[float]:
     """Where steps of the student's trajectories end before their last, decreasing; none of other policies."""
     if config.policy != "trajectory":
         return []
-    first = config.init_level or 1.0
+    first = first_level(config, noise)
     inner = (v for k in config.steps for v in even_levels(noise, k, first - config.below_top(k))[1:])
     return sorted(set(inner), reverse=True)
 

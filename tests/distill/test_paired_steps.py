@@ -172,6 +172,15 @@ def test_levels_are_drawn_by_row_and_student_alone_is_held(tmp_path: Path):
     assert student.draw(batch, Rngs(0, 0, range(batch.size)), 0, ["fake_score"]).paired is None
 
 
+@pytest.mark.parametrize("changes", [{"init_level": 0.9847, "start_gap": 0.0331}, {"start": "level"}], ids=str)
+@pytest.mark.parametrize("name", ["vp", "flow"])
+def test_levels_between_a_tables_entries(name: str, changes: dict[str, Any], tmp_path: Path):
+    """States lie where the plans' steps end, rounded to entries once."""
+    student = method(tmp_path, Teacher(PROCESSES[name], MEAN, STD), **HELD, steps=[1, 2, 4], **changes)
+    found = {step.to for count in (1, 2, 4) for step in student.plan(count).steps} - {0.0}
+    assert found == set(ends(student.config, student.noise))
+
+
 @pytest.mark.parametrize(
     ("pipeline", "top", "grid"),
     [
