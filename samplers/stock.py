@@ -115,7 +115,8 @@ def stock(denoiser: Denoiser, plans: Mapping[int, SamplingPlan]) -> tuple[Any, d
                 f"levels {levels}{advice}"
             )
     firsts = {plan.levels[0] for plan in plans.values()}
-    lost = 1.0 in firsts and len(firsts) > 1 and not denoiser.noise.alpha(torch.ones(()))
+    table = isinstance(denoiser.noise, Discrete)
+    lost = table and 1.0 in firsts and len(firsts) > 1 and not denoiser.noise.alpha(torch.ones(()))
     advice = (
         "; where nothing of the signal is left, at level 1, all must start or none (init_level below 1)" if lost else ""
     )

@@ -22,7 +22,7 @@ from fewstep.distill.objectives.divergence import huber, reverse_kl, sid, sim, s
 from fewstep.distill.objectives.f_divergence import density_ratio, uni_instruct, weights
 from fewstep.distill.objectives.fake_score import reweighted, subinterval_error, x0_hat_error
 from fewstep.distill.objectives.levels import ends, even_levels, first_level, start_scale
-from fewstep.distill.objectives.policy import Draws, Point, backward_simulation, drawn_step, noised_data
+from fewstep.distill.objectives.policy import Draws, Point, backward_simulation, compared, drawn_step, noised_data
 from fewstep.distill.random import Rngs
 from fewstep.samplers.condition import Condition, concatenate, dropped
 from fewstep.samplers.errors import UserError
@@ -49,7 +49,7 @@ class DistributionMatching(Distiller):
         # where the scale is an input of the networks, the student is told the teacher's, and so is its fake score
         self.guidance = config.guidance_scale if self.teacher.denoiser.takes_guidance else None
         at_level = config.start == "level"
-        self.top = first_level(config, self.noise)
+        self.top, self.ends = first_level(config, self.noise), ends(config, self.noise)
         t = self.noise.shift(torch.tensor(self.top, dtype=torch.float64))
         self.scale = float(self.noise.sigma(t)) if at_level else start_scale(self.noise)
         if config.start_gap and self.scale != 1:
@@ -88,7 +88,7 @@ class DistributionMatching(Distiller):
             if c.policy == "trajectory":
                 draws = policy.trajectory_draws(c, self.student.denoiser, told, plan, rng, batch.shape, roles)
                 if batch.pairs is not None and "student" in roles:
-                    draws.paired = policy.paired_step(batch.pairs, plan, ends(c, self.noise), rng, self.noise)
+                    draws.paired = policy.paired_step(batch.pairs, plan, self.ends, rng, self.noise)
             else:
                 number, _ = policy.phase_of(iteration, len(self.phases), c)
                 draws = policy.phase_draws(
@@ -102,7 +102,7 @@ class DistributionMatching(Distiller):
             draws.eps[role] = rng.normal(f"{role} noise", batch.shape)
         for role, name in self.own_levels(roles):
             u, point = 1 - rng.uniform(f"{name} level"), draws.points.get(role)
-            draws.t[name] = self.noise.shift(u if point is None else point.to + (point.start - point.to) * u)
+            draws.t[name] = self.noise.shift(u if point is None else point.level(u))
             draws.eps[name] = rng.normal(f"{name} noise", batch.shape)
         if c.fake_score_prompt_dropout and "fake_score" in roles:
             keep = rng.uniform("fake_score dropout") >= c.fake_score_prompt_dropout
@@ -170,8 +170,10 @@ class DistributionMatching(Distiller):
         `paired`: a step on the way instead (`Draws.paired`).
         """
         assert batch.pairs is not None
-        t = self.noise.shift(torch.tensor(self.top, device=batch.pairs.z.device))
-        x_t, t, target = paired or (self.scale * batch.pairs.z, t, batch.pairs.x)
+        if paired is None:
+            top = self.noise.shift(torch.tensor(self.top, device=batch.pairs.z.device))
+            paired = self.scale * batch.pairs.z, top, batch.pairs.x
+        x_t, t, target = paired
         told = batch.pairs.condition.with_guidance(self.guidance)
         x0 = self.student.denoiser.x0(x_t, t, told)
         rows = 1 if self.config.decodes else len(x0)
@@ -186,7 +188,7 @@ class DistributionMatching(Distiller):
     def denoising(self, x0: Tensor, t: Tensor, eps: Tensor, condition: Condition, point: Point | None) -> Tensor:
         """Squared errors of the fake score on the noised samples, weighted, (B, ...)."""
         c = self.config
-        x_t = self.noised(x0 if point is None else point.x, eps, t, point)
+        x_t = self.noised(compared(x0, point), eps, t, point)
         told = self.told_fake(condition, point)
         output = self.fake_score.denoiser.guided_predict(x_t, t, told, c.fake_train_guidance_scale)
         if point is not None and c.fake_score_target == "x0_hat":
@@ -208,7 +210,7 @@ class DistributionMatching(Distiller):
         point = draws.points.get("fake_score")
         names = ("fake gan", "real gan") if "real gan" in draws.t else ("fake_score", "fake_score")
         (t, eps), (t_real, eps_real) = ((draws.t[n], draws.eps[n]) for n in names)
-        x_t = self.noised(draws.x0.detach() if point is None else point.x, eps, t, point)
+        x_t = self.noised(compared(draws.x0.detach(), point), eps, t, point)
         x_t = torch.cat([x_t, self.noise.add(batch.x0, eps_real, t_real)])
         told = concatenate([self.told(condition, point)] * 2)
         fake, real = discriminator(x_t, torch.cat([t, t_real]), told).chunk(2)
@@ -230,7 +232,7 @@ class DistributionMatching(Distiller):
         def logits(x: Tensor) -> Tensor:
             return discriminator(self.noised(x, eps, t, point), t, told)
 
-        x = x0 if point is None else point.x
+        x = compared(x0, point)
         if not c.gan_weight:
             with torch.no_grad():
                 return None, logits(x)
@@ -264,7 +266,7 @@ class DistributionMatching(Distiller):
         c = self.config
 
         def noised(x: Tensor) -> Tensor:
-            return self.noised(x if point is None else point.x, eps, t, point)
+            return self.noised(compared(x, point), eps, t, point)
 
         def teacher(x_t: Tensor) -> Tensor:
             return self.target.guided_x0(x_t, t, condition, scale)

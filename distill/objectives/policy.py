@@ -42,6 +42,10 @@ class Point:
     s: Tensor
     number: Tensor | None = None
 
+    def level(self, u: Tensor) -> Tensor:
+        """Where it is compared, before the shift, of u in [0, 1]."""
+        return self.to + (self.start - self.to) * u
+
 
 @dataclass
 class Draws:
@@ -62,6 +66,11 @@ class Draws:
     scale: float | Tensor | None = None
 
 
+def compared(x0: Tensor, point: Point | None) -> Tensor:
+    """What is noised: where a step ended, or the clean sample."""
+    return x0 if point is None else point.x
+
+
 def drawn_level(config: DistributionMatchingConfig, role: str, rng: Rngs, point: Point | None = None) -> Tensor:
     """Before the shift, (B,). The fake score must be right wherever it is asked: at all levels above the sample's.
 
@@ -75,7 +84,7 @@ def drawn_level(config: DistributionMatchingConfig, role: str, rng: Rngs, point:
     if point is None:
         return u if role == "fake_score" else c.min_level + (c.max_level - c.min_level) * u
     if role == "fake_score":
-        return point.to + (point.start - point.to) * u
+        return point.level(u)
     low, high = (point.to + c.level_margin).clamp(min=c.min_level), point.start.clamp(max=c.max_level)
     return low + (high - low) * u
 

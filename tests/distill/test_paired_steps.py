@@ -16,6 +16,7 @@ from fewstep.distill.config import ConfigError
 from fewstep.distill.distiller import Batch, Pairs
 from fewstep.distill.networks import require_grad
 from fewstep.distill.objectives.levels import ends, even_levels
+from fewstep.distill.objectives.policy import paired_step
 from fewstep.distill.objectives.regression import held_to
 from fewstep.distill.random import Rngs
 from fewstep.samplers import rules
@@ -51,11 +52,8 @@ def exact_pairs(student: Any, teacher: Teacher, n: int = 64) -> Batch:
 
 def held(student: Any, batch: Batch, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """What steps of a plan of `count` are held to, one in each row."""
-    from fewstep.distill.objectives.policy import paired_step
-
     assert batch.pairs is not None
-    levels = ends(student.config, student.noise)
-    return paired_step(batch.pairs, student.plan(count), levels, Rngs(0, 0, range(batch.size)), student.noise)
+    return paired_step(batch.pairs, student.plan(count), student.ends, Rngs(0, 0, range(batch.size)), student.noise)
 
 
 @pytest.mark.parametrize("name", PROCESSES)
