@@ -91,7 +91,7 @@ def test_shards_are_one(runs: tuple[Path, list[dict[str, Any]]], where: str, nam
     """Straight on two processes, from one to two, from two to one: every tensor of the last checkpoint, and every scalar.
 
     Each sample has its draws whoever holds it, so that only the order of float32 sums differs: 1e-7 of a gradient, some
-    1e-5 of an update of 0.01 in each of four steps.
+    1e-5 of an update of 0.01 in each of four steps, and more where a gradient is near nothing, since Adam divides by it.
     """
     folder, _ = runs
     start, one, other = (
@@ -107,7 +107,7 @@ def test_shards_are_one(runs: tuple[Path, list[dict[str, Any]]], where: str, nam
         values = {k: v for k, v in tensors.items() if k not in counts}
         moved = max((v - start[file][k]).abs().max().item() for k, v in values.items())
         assert moved > 0
-        assert max((v - other[file][k]).abs().max().item() for k, v in values.items()) < 1e-3 * moved, file
+        assert max((v - other[file][k]).abs().max().item() for k, v in values.items()) < 4e-3 * moved, file
     for a, b in zip(*(metrics(folder / which / name) for which in ("one", where)), strict=True):
         means = a.keys() - {"student/spread"}  # that one is of the rows of a micro-batch together
         assert {k: a[k] for k in means} == pytest.approx({k: b[k] for k in means}, rel=1e-3, abs=1e-6)
