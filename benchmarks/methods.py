@@ -2,11 +2,13 @@
 
     python benchmarks/methods.py --minutes 5
     python benchmarks/methods.py --minutes 45 --patience 5
+    python benchmarks/methods.py --drawn benchmarks/methods-equal.json --pictures docs/images/methods
 
 Each method is its shipped config for the emoji teacher; further KEY=VALUE are for all of them. A probe of a few
 iterations says how many fit into the minutes, a run trains them with figures on the way, `fewstep evaluate` judges the
 student at the step counts that it has. The teacher's rows are those of benchmarks/quickstart.json, its best of a sweep.
-What is trained or judged already under --runs is taken as it is, so an interrupted benchmark goes on.
+What is trained or judged already under --runs is taken as it is, so an interrupted benchmark goes on. The third draws
+the curves of a file that was written before: for each method its distance and its losses while it trained.
 """
 
 from __future__ import annotations
@@ -177,7 +179,6 @@ def table(found: dict[str, Any], teacher: Sequence[dict[str, Any]]) -> str:
 def curves(found: dict[str, Any], title: str = f"{FIGURE}, fewest steps") -> str:
     """One SVG: how far every student was at every evaluation, plots of at most six lines."""
     names, parts = list(found), []
-    colours = "".join(f"--s{i}: {c}; " for i, c in enumerate(PALETTE))
     for i in range(0, len(names), COLOURS):
         some = [n for n in names[i : i + COLOURS] if found[n]["curve"]]
         lines = {n: [(p["seconds"], p[FIGURE], 0.0) for p in found[n]["curve"]] for n in some}
@@ -187,9 +188,40 @@ def curves(found: dict[str, Any], title: str = f"{FIGURE}, fewest steps") -> str
             for j, n in enumerate(some)
         )
         parts.append(f'<g transform="translate({350 * (i // COLOURS)} 0)">{svg}{key}</g>')
+    return page(parts, 250)
+
+
+def history(method: dict[str, Any]) -> str:
+    """One SVG of a method: its distance at every evaluation, and what its roles logged, means of five lines of the log."""
+    parts: list[str] = []
+    logged = [("distance in fewest steps", method["curve"], FIGURE, 1)]
+    logged += [(key, method["losses"], key, 5) for key in ("student/loss", "student/gap", "fake_score/loss")]
+    for title, lines, key, width in logged:
+        there = [p for p in lines if key in p]
+        points = [
+            (last["iteration"], statistics.fmean(p[key] for p in there[i - width + 1 : i + 1]), 0.0)
+            for i, last in enumerate(there)
+            if i >= width - 1
+        ]
+        if points:
+            svg = plot(title, "iterations", {key: points}, {}, [key])
+            parts.append(f'<g transform="translate({350 * len(parts)} 0)">{svg}</g>')
+    return page(parts, 220)
+
+
+def draw(found: dict[str, Any], folder: Path) -> None:
+    """The curves of every method, a file each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, method in found.items():
+        (folder / f"{plain(name)}.svg").write_text(history(method))
+
+
+def page(plots: Sequence[str], height: int) -> str:
+    """An SVG file of plots side by side, each 350 wide."""
+    colours = "".join(f"--s{i}: {c}; " for i, c in enumerate(PALETTE))
     style = f"<style>svg {{ {colours}--line: #ddd; --pale: #999; font-family: sans-serif }}</style>"
-    size = f'width="{350 * len(parts)}" height="250"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{style}<rect {size} fill="white"/>{"".join(parts)}</svg>\n'
+    size = f'width="{350 * len(plots)}" height="{height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{style}<rect {size} fill="white"/>{"".join(plots)}</svg>\n'
 
 
 def main() -> None:
@@ -206,8 +238,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
     parser.add_argument("--teacher", type=Path, default=HERE / "quickstart.json", help="a report with its rows")
     parser.add_argument("--out", type=Path, default=HERE / "methods")
-    parser.add_argument("--pictures", type=Path, help="a folder for a picture of each method's student")
+    parser.add_argument("--pictures", type=Path, help="a folder for a picture of each method's student, and its curves")
+    parser.add_argument("--drawn", type=Path, help="a .json from here: nothing is trained, its curves go to --pictures")
     options = parser.parse_args()
+    if options.drawn:
+        if options.pictures is None:
+            parser.error("--drawn: needs --pictures, the folder to draw into")
+        draw(json.loads(options.drawn.read_text()), options.pictures)
+        return
     options.runs.mkdir(parents=True, exist_ok=True)
     names = options.configs.split(",")
     for name in names:
@@ -235,8 +273,9 @@ def main() -> None:
     options.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     options.out.with_suffix(".svg").write_text(curves(found))
     options.out.with_suffix(".md").write_text(text := table(found, teacher) + "\n")
+    if options.pictures:
+        draw(found, options.pictures)
     for name in names if options.pictures else ():
-        options.pictures.mkdir(parents=True, exist_ok=True)
         with Image.open(report_of(name, options).with_suffix(".png")) as picture:
             picture.convert("RGB").save(options.pictures / f"{plain(name)}.jpg", quality=85)
     print(text)

