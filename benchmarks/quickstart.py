@@ -2,8 +2,9 @@
 
     python benchmarks/quickstart.py runs/quickstart
 
-For each set of prompts and number of steps a sweep over solvers, spacings and guidance scales finds the teacher's best
-row at a small N (by `fd_emoji`); all rows are then drawn at the full N, from the same prompts and seeds. Writes
+For each set of prompts and number of steps a sweep over solvers, spacings and guidance scales ranks the teacher's rows
+at a small N (by `fd_emoji`). The best of each of the --finalists best guidance scales is drawn at the full N, and the
+nearest of these is the teacher's row. All rows are drawn from the same prompts and seeds. Writes
 benchmarks/quickstart.md and .json. Every drawn row and every point of the sweep is kept in --cache, so that a run that
 was interrupted goes on where it was.
 """
@@ -104,8 +105,8 @@ class Cache:
 
 def sweep(
     teacher: Teacher, mark: str, name: str, steps: int, options: argparse.Namespace, cache: Cache
-) -> tuple[Choice, list[dict[str, Any]]]:
-    """The choice with the lowest `fd_emoji` of a small set, and all that were tried, best first."""
+) -> list[dict[str, Any]]:
+    """All choices with the `fd_emoji` of a small set, best first."""
     tried, name = [], TUNED_ON.get(name, name)
     prompts, all_prompts = (prompt_set(name, n, options.seed) for n in (options.sweep_num, options.num))
     reference = features(renderings(all_prompts.prompts, REFERENCE_SEED))
@@ -118,9 +119,15 @@ def sweep(
         value = cache.number([mark, name, len(prompts), len(all_prompts), steps, *choice], distance)
         tried.append({**choice._asdict(), "fd_emoji": value})
         say(f"sweep {name}, {steps} steps, {' '.join(map(str, choice))}: {value:.3f}")
-    tried.sort(key=lambda entry: entry["fd_emoji"])
-    best = tried[0]
-    return Choice(best["scheduler"], best["spacing"], best["guidance"]), tried
+    return sorted(tried, key=lambda entry: entry["fd_emoji"])
+
+
+def finalists(tried: list[dict[str, Any]], count: int) -> list[Choice]:
+    """Of a sweep, best first, the best choice of each of the `count` best guidance scales."""
+    best: dict[float, Choice] = {}
+    for entry in tried:
+        best.setdefault(entry["guidance"], Choice(*(entry[key] for key in Choice._fields)))
+    return list(best.values())[:count]
 
 
 def ratio(student: Tensor, teacher: Tensor, real: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -152,12 +159,18 @@ def rows(
         raise UserError(f"{run}: neither a run nor a student's folder")
     student, manifest = load_student(run, fuse=True)
     teacher = Teacher(options.teacher or manifest.base, manifest.revision)
+    reference = features(renderings(prompts.prompts, REFERENCE_SEED))
     for steps in options.steps:
-        choice, tried = sweep(teacher, manifest.fingerprint, prompts.name, steps, options, cache)
+        tried = sweep(teacher, manifest.fingerprint, prompts.name, steps, options, cache)
         swept[f"{prompts.name}, {steps} steps"] = tried
-        sampler = teacher.sampler(steps, choice.guidance, choice.scheduler, choice.spacing)
-        key = [manifest.fingerprint, prompts.name, len(prompts), steps, *choice]
-        yield sampler, cache.drawn(key, lambda sampler=sampler: draw(sampler, prompts, 50))
+        last = []
+        for choice in finalists(tried, options.finalists):
+            sampler = teacher.sampler(steps, choice.guidance, choice.scheduler, choice.spacing)
+            key = [manifest.fingerprint, prompts.name, len(prompts), steps, *choice]
+            drawn = cache.drawn(key, lambda sampler=sampler: draw(sampler, prompts, 50))
+            last.append((frechet_distance(reference, features(drawn.images)), sampler, drawn))
+            say(f"{prompts.name}, {steps} steps, {' '.join(map(str, choice))}: {last[-1][0]:.4f} of {len(prompts)}")
+        yield min(last, key=lambda entry: entry[0])[1:]
     for steps in sorted(manifest.plans, reverse=True):
         sampler = student_sampler(student, manifest, str(run), steps)
         key = [weights_mark(folder), prompts.name, len(prompts), steps]
@@ -204,7 +217,7 @@ def benchmark(options: argparse.Namespace) -> None:
         f"# {options.run}: student against the teacher's best",
         f"Made by `python benchmarks/quickstart.py {options.run} --num {options.num}`. Teacher rows: the best of "
         f"{', '.join(SOLVERS)}, spacings {', '.join(SPACINGS)} and guidance {', '.join(map(str, options.guidance))}, by "
-        f"fd_emoji of {options.sweep_num} samples. Corrected: less the distance of as many real pictures.",
+        f"fd_emoji of {options.sweep_num} samples, then of all with the {options.finalists} best scales. Corrected: less the distance of as many real pictures.",
         markdown(report).strip(),
         *(f"Goals, prompts {name}:\n\n{lines(table)}" for name, table in judged.items()),
         f"The teacher's best settings:\n\n{lines(chosen(report))}",
@@ -244,6 +257,7 @@ def main() -> None:
     parser.add_argument("--sweep-num", type=int, default=128, help="samples of every point of the sweep")
     parser.add_argument("--steps", type=numbers(int), default=[50, 4, 2, 1], help="of the teacher")
     parser.add_argument("--guidance", type=numbers(float), default=[1.0, 1.5, 2.0, 3.0, 4.0], help="of the sweep")
+    parser.add_argument("--finalists", type=int, default=2, help="guidance scales whose best is drawn at --num")
     parser.add_argument("--prompts", type=numbers(str), default=list(EMBEDDED), help="sets, the first is the main one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path("runs/benchmark-quickstart"))

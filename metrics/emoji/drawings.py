@@ -111,7 +111,7 @@ def render(c: Composition) -> np.ndarray:
 
 
 def jittered(drawing: int, color: int, rng: random.Random) -> Composition:
-    """The pair at a random size and place."""
+    """The pair in one of its places, at random."""
     return Composition(drawing, color, rng.choice(SIZES), rng.choice(SHIFTS), rng.choice(SHIFTS))
 
 

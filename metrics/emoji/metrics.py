@@ -32,7 +32,7 @@ def pairs_of(caption: str) -> list[tuple[int, int]]:
 
 
 def renderings(captions: list[str], seed: int) -> Tensor:
-    """Real pictures of captions, (N, 3, 64, 64) uint8: of each caption any of its pairs, at any size and place."""
+    """Real pictures of captions, (N, 3, 64, 64) uint8: of each caption any of its pairs, in any of its places."""
     rng = random.Random(seed)
     pictures = [render(jittered(*rng.choice(pairs_of(caption)), rng)) for caption in captions]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
