@@ -191,9 +191,9 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
         if not self.regression_weight:
             return self
         if self.policy == "trajectory":
-            if self.regression_metric == "lpips":
+            if self.decodes:
                 raise ValueError(
-                    "regression_metric lpips: policy trajectory holds steps that end in noisy latents to the teacher's; "
+                    f"regression_metric {self.regression_metric}: policy trajectory holds steps that end in noisy latents to the teacher's; "
                     "choose squared or pseudo_huber"
                 )
         elif self.policy == "phases" or 1 not in self.steps:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-RegressionMetric = Literal["squared", "pseudo_huber", "lpips"]
+RegressionMetric = Literal["squared", "pseudo_huber", "lpips", "emoji_judge"]
 
 
 class RegressionConfig(BaseModel, frozen=True):
@@ -16,7 +16,7 @@ class RegressionConfig(BaseModel, frozen=True):
         0.0, ge=0, description="of the student's distance to the teacher's samples of the same noise; 0 = no pairs"
     )
     regression_metric: RegressionMetric = Field(
-        "squared", description="that distance: of latents, or lpips of decoded images"
+        "squared", description="that distance: of latents, or of decoded images: lpips, emoji_judge (the embedded one)"
     )
     lpips_net: Literal["alex", "vgg", "squeeze"] = "vgg"
     lpips_weights: str | None = Field(
@@ -28,5 +28,5 @@ class RegressionConfig(BaseModel, frozen=True):
 
     @property
     def decodes(self) -> bool:
-        """Whether images are compared, which takes the autoencoder and the weights of LPIPS."""
-        return self.regression_weight > 0 and self.regression_metric == "lpips"
+        """Whether images are compared, which takes the autoencoder."""
+        return self.regression_weight > 0 and self.regression_metric in ("lpips", "emoji_judge")

@@ -62,7 +62,7 @@ def refuse(config: TrainConfig) -> None:
         raise ConfigError("config: aspect_ratio_buckets: sorts images; give train_data or dataset_name")
     if not config.has_images and config.prompts not in (None, "embedded:emoji"):
         data_sets.read_prompts(config.prompts)
-    if isinstance(config, DistributionMatchingConfig) and config.decodes:
+    if isinstance(config, DistributionMatchingConfig) and config.decodes and config.regression_metric == "lpips":
         regression.lpips(config.lpips_net, config.lpips_weights)
     check_tracker(config.report_to)
     efficiency.refuse(config)

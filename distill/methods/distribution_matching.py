@@ -176,7 +176,7 @@ class DistributionMatching(Distiller):
         x_t, t, target = paired
         told = batch.pairs.condition.with_guidance(self.guidance)
         x0 = self.student.denoiser.x0(x_t, t, told)
-        rows = 1 if self.config.decodes else len(x0)
+        rows = 1 if self.config.regression_metric == "lpips" else len(x0)
         d, distances = regression.direction(x0, target, self.distance, rows)
         return Losses(surrogate(x0, self.config.regression_weight * d), {"regression": distances.mean()})
 

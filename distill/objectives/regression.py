@@ -48,7 +48,11 @@ def held_to(x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor, noise: NoiseProcess)
 
 
 def distance_of(config: RegressionConfig, huber_c: float, denoiser: Denoiser) -> Distance:
-    """What `regression_metric` names: mean e^2 or sqrt(e^2 + c^2) - c over elements of latents, or LPIPS of images."""
+    """What `regression_metric` names: mean e^2 or sqrt(e^2 + c^2) - c over elements of latents, or a distance of images."""
+    if config.regression_metric == "emoji_judge":
+        from fewstep.metrics.emoji.judge import Perceptual
+
+        return in_images(denoiser, Perceptual())
     if config.regression_metric == "lpips":
         return in_images(denoiser, lpips(config.lpips_net, config.lpips_weights))
     if config.regression_metric == "pseudo_huber":

@@ -6,6 +6,7 @@ called `fd_emoji` and its score `clip_emoji`: neither is comparable with FID or 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -129,6 +130,34 @@ def load(path: Path = WEIGHTS) -> Judge:
             raise ValueError(f"{path} was trained for other captions: run python -m fewstep.distill.teachers.judge")
         judge.load_state_dict({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118  not a dict
     return judge.eval().requires_grad_(False)
+
+
+class Perceptual:
+    """How unlike two pictures look to the judge: LPIPS (arXiv:1801.03924) with its image encoder, without learned heads.
+
+    The five layers' features, of unit length over channels; mean squared differences over places, mean over layers. The
+    last layer is what `fd_emoji` averages, so a student that was trained by this is flattered by that figure.
+    """
+
+    def __init__(self) -> None:
+        self.network = copy.deepcopy(load().image)  # goes to the student's device
+
+    def between(self, images: Tensor, others: Tensor) -> Tensor:
+        """Of each pair, (N,), with the graph. Images (N, 3, 64, 64) in 0..1, values out of range are taken as they are.
+
+        Raises:
+            ValueError: images of another size.
+        """
+        if images.shape[1:] != (3, 64, 64):
+            raise ValueError(
+                f"emoji_judge compares images (N, 3, 64, 64), got {tuple(images.shape)}; lpips takes others"
+            )
+        a, b, distances = 2 * images - 1, 2 * others - 1, []
+        for layer in self.network.layers:
+            a, b = layer(a), layer(b)
+            unlike = nn.functional.normalize(a, dim=1) - nn.functional.normalize(b, dim=1)
+            distances.append(unlike.square().sum(1).mean((1, 2)))
+        return torch.stack(distances).mean(0)
 
 
 @torch.no_grad()

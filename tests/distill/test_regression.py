@@ -18,6 +18,8 @@ from fewstep.distill.objectives import regression
 from fewstep.distill.pairs import StoredPairs
 from fewstep.distill.random import Rngs
 from fewstep.distill.run import refuse
+from fewstep.metrics.emoji import judge
+from fewstep.metrics.emoji.judge import Perceptual
 from fewstep.metrics.lpips import Lpips
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
@@ -285,6 +287,32 @@ def test_lpips_of_decoded_images(weights: Path):
     inside = regression.in_images(squashed, measure)  # type: ignore[arg-type]
     pictures = [(denoiser.to_images(z).clamp(0, 1) * 255).round().byte() for z in (x0, x)]
     assert inside(x0, x).item() == pytest.approx(measure(*pictures).mean().item(), rel=0.02)
+
+
+def test_the_judge_in_place_of_lpips(tmp_path: Path):
+    """Unit features of each layer, by hand; nothing at the target; other sizes are refused."""
+    measure = Perceptual()
+    a, b = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    maps = [[], []]
+    for kept, x in zip(maps, (2 * a - 1, 2 * b - 1), strict=True):
+        for layer in judge.load().image.layers:
+            x = layer(x)
+            kept.append(x / x.norm(dim=1, keepdim=True))
+    by_hand = sum((p - q).square().mean((2, 3)).sum(1) for p, q in zip(*maps, strict=True)) / 5
+    torch.testing.assert_close(measure.between(a, b), by_hand)
+    assert measure.between(a, a).abs().max() == 0
+    leaf = a.clone().requires_grad_()
+    measure.between(leaf, b).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.abs().max() > 0
+    assert all(p.grad is None for p in measure.network.parameters())
+    with pytest.raises(ValueError, match=r"emoji_judge compares images \(N, 3, 64, 64\), got \(1, 3, 32, 32\)"):
+        measure.between(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32))
+    stub: Any = SimpleNamespace(pipeline=SimpleNamespace(), to_images=lambda z: z)
+    distance = regression.distance_of(config(tmp_path, method="dmd", regression_metric="emoji_judge"), 0.0, stub)
+    d, values = regression.direction(a, b, distance, rows=2)
+    torch.testing.assert_close(values.mean(), by_hand.mean())
+    torch.testing.assert_close(d / a.numel(), leaf.grad / 2)
 
 
 def test_frames_of_clips_are_images(weights: Path):
