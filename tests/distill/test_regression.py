@@ -293,12 +293,12 @@ def test_the_judge_in_place_of_lpips(tmp_path: Path):
     """Unit features of each layer, by hand; nothing at the target; other sizes are refused."""
     measure = Perceptual()
     a, b = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
-    maps = [[], []]
+    maps: list[list[torch.Tensor]] = [[], []]
     for kept, x in zip(maps, (2 * a - 1, 2 * b - 1), strict=True):
         for layer in judge.load().image.layers:
             x = layer(x)
             kept.append(x / x.norm(dim=1, keepdim=True))
-    by_hand = sum((p - q).square().mean((2, 3)).sum(1) for p, q in zip(*maps, strict=True)) / 5
+    by_hand = torch.stack([(p - q).square().mean((2, 3)).sum(1) for p, q in zip(*maps, strict=True)]).mean(0)
     torch.testing.assert_close(measure.between(a, b), by_hand)
     assert measure.between(a, a).abs().max() == 0
     leaf = a.clone().requires_grad_()
@@ -309,7 +309,8 @@ def test_the_judge_in_place_of_lpips(tmp_path: Path):
     with pytest.raises(ValueError, match=r"emoji_judge compares images \(N, 3, 64, 64\), got \(1, 3, 32, 32\)"):
         measure.between(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32))
     stub: Any = SimpleNamespace(pipeline=SimpleNamespace(), to_images=lambda z: z)
-    distance = regression.distance_of(config(tmp_path, method="dmd", regression_metric="emoji_judge"), 0.0, stub)
+    settings: Any = config(tmp_path, method="dmd", regression_metric="emoji_judge")
+    distance = regression.distance_of(settings, 0.0, stub)
     d, values = regression.direction(a, b, distance, rows=2)
     torch.testing.assert_close(values.mean(), by_hand.mean())
     torch.testing.assert_close(d / a.numel(), leaf.grad / 2)
