@@ -163,7 +163,7 @@ def conditions(config: TrainConfig, denoiser: Denoiser, captions: Sequence[str])
 
 
 class Latents:
-    """Latents of a data set's images: `latents[samples]`, of one bucket, is (B, C, ...), float32, on the CPU."""
+    """Latents of a data set's images or clips: `latents[samples]`, of one bucket, is (B, C, ...), float32, on the CPU."""
 
     def __init__(self, rows: Rows):
         self.rows = rows
@@ -175,20 +175,22 @@ class Latents:
 def latents(
     config: TrainConfig, denoiser: Denoiser, data: DataSet, say: Callable[[str], None] = lambda line: None
 ) -> Latents:
-    """Latents of all images, from the cache or computed and cached, bucket by bucket.
+    """Latents of all images, from the cache or computed and cached, bucket by bucket; of clips each is a file.
 
     Raises:
-        UserError: images that cannot be used, with their number and the first names; the others are cached by then.
+        UserError: images or clips that cannot be used, with their number and the first names; the others are cached by then.
     """
     encoders = denoiser.pipeline.components.keys() & {"vae"}
     by = made_by(denoiser, encoders)
     bucket_of, faults, done, spoke = np.asarray(data.bucket_of), [], 0, time.monotonic()
     paths: list[Path] = []
+    # a clip is a hundred pictures: several would fill the memory, and an interrupted pass would lose them
+    size, what = (1, "clips") if denoiser.clips else (CHUNK, "images")
     file_of, row_of = np.zeros(len(data), np.int64), np.zeros(len(data), np.int64)
     for bucket in np.unique(bucket_of).tolist():
         members = np.flatnonzero(bucket_of == bucket)
-        for i in range(0, len(members), CHUNK):
-            chunk = members[i : i + CHUNK].tolist()
+        for i in range(0, len(members), size):
+            chunk = members[i : i + size].tolist()
             file_of[chunk], row_of[chunk] = len(paths), np.arange(len(chunk))
             contents, unusable = _each(data.content, chunk)
             paths.append(cached(config, "latents", by, data.buckets[bucket], list(contents.values())))
@@ -202,8 +204,8 @@ def latents(
             done += len(chunk)
             if time.monotonic() - spoke > 10:
                 spoke = time.monotonic()
-                say(f"latents: {done} of {len(data)} images")
-    refuse_unusable(faults, len(data))
+                say(f"latents: {done} of {len(data)} {what}")
+    refuse_unusable(faults, len(data), what)
     return Latents(Rows(paths, file_of, row_of))
 
 

@@ -1,4 +1,4 @@
-"""What a run trains on: prompts, or images with captions.
+"""What a run trains on: prompts, or images or clips with captions.
 
 A data set is a list of samples with an `image(i)` and a `caption(i, u)`, where u is a uniform draw: a sample may have
 several captions. Captions are few and shared, so a data set lists them once. Images come in one size, or in buckets.
@@ -10,16 +10,17 @@ import json
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.distill import sources
+from fewstep.distill import clips, pictures
 from fewstep.distill.buckets import make_buckets, nearest
 from fewstep.distill.config import TrainConfig
-from fewstep.distill.pictures import Unusable, fitted, picture, size_ids, upright_size
+from fewstep.distill.files import source
+from fewstep.distill.pictures import Unusable, fitted, picture, size_ids
 from fewstep.distill.sources import Source, read_text, some
 from fewstep.samplers.errors import UserError
 
@@ -44,7 +45,7 @@ class DataSet(Protocol):
         ...
 
     def image(self, i: int) -> Tensor:
-        """(3, H, W) in 0..1, in the size of its bucket; Unusable where there is none."""
+        """(3, H, W) in 0..1, or a clip (F, 3, H, W), in the size of its bucket; Unusable where there is none."""
         ...
 
     def sizes(self, i: int) -> list[int]:
@@ -52,7 +53,7 @@ class DataSet(Protocol):
         ...
 
     def content(self, i: int) -> str:
-        """A text that names an image's content, for caches."""
+        """A text that names an image's or a clip's content, for caches."""
         ...
 
 
@@ -144,6 +145,8 @@ class Images:
     """
 
     has_images = True
+    kind: Any = pictures
+    """The module that reads its files."""
 
     def __init__(self, source: Source, buckets: Sequence[tuple[int, int]]):
         self.source, self.buckets = source, list(buckets)
@@ -182,45 +185,74 @@ class Images:
         """Hash of the file, height and width of the upright image; a file is read for them once."""
         if i not in self._seen:
             data = self.source.read(i)
-            self._seen[i] = sha256(data).hexdigest(), *upright_size(data, self.source.names[i])
+            self._seen[i] = sha256(data).hexdigest(), *self.kind.upright_size(data, self.source.names[i])
         return self._seen[i]
 
 
-def refuse_unusable(faults: Sequence[str], of: int) -> None:
-    """UserError that counts and names the images that cannot be used, if there are any."""
+class Clips(Images):
+    """Clips of a source, in one size or in buckets.
+
+    Args:
+        source: files and captions.
+        buckets: as those of images.
+        frames: how many of a clip are taken, from its beginning.
+        rate: at how many a second.
+    """
+
+    kind = clips
+
+    def __init__(self, source: Source, buckets: Sequence[tuple[int, int]], frames: int, rate: float):
+        super().__init__(source, buckets)
+        self.frames, self.rate = frames, rate
+
+    def image(self, i: int) -> Tensor:
+        size, name = self.buckets[self.bucket_of[i]], self.source.names[i]
+        return clips.clip(self.source.read(i), name, size, self.frames, self.rate)
+
+    def sizes(self, i: int) -> list[int]:
+        size = self.buckets[self.bucket_of[i]]
+        return [*size, 0, 0, *size]  # no teacher of clips is told: no file is opened for it
+
+    def content(self, i: int) -> str:
+        return f"{sha256(self.source.read(i)).hexdigest()} {self.frames} {self.rate:g}"
+
+
+def refuse_unusable(faults: Sequence[str], of: int, what: str = "images") -> None:
+    """UserError that counts and names the images or clips that cannot be used, if there are any."""
     if faults:
-        raise UserError(f"train_data: {len(faults)} of {of} images cannot be used: {some(faults)}")
+        raise UserError(f"train_data: {len(faults)} of {of} {what} cannot be used: {some(faults)}")
 
 
-def data_set(config: TrainConfig, pixels: tuple[int, int]) -> DataSet:
+def data_set(
+    config: TrainConfig,
+    pixels: tuple[int, int],
+    frames: tuple[int, float] | None = None,
+    files: Source | None = None,
+) -> DataSet:
     """The data set of a config: `train_data` or `dataset_name` where one is given, otherwise `prompts`.
 
     Args:
         config: the run's.
         pixels: height and width of its samples.
+        frames: of a teacher of clips, their number and how many a second; see `Denoiser.frames`.
+        files: what `files.source` gave for the config.
     """
     if config.train_data == "embedded:emoji":
         return EmojiImages(config.num_samples, config.seed)
-    if config.has_images:
-        return Images(source(config), buckets(config, pixels))
+    if files is not None:
+        sizes = buckets(config, pixels)
+        return Images(files, sizes) if frames is None else Clips(files, sizes, frames[0], config.clip_fps or frames[1])
     if config.prompts == "embedded:emoji":
         return EmojiPrompts(config.num_samples, config.seed)
     return Prompts(read_prompts(config.prompts or ""))
 
 
 def captions(config: TrainConfig) -> list[str]:
-    """The captions of a config's images or its prompts; no image is read."""
-    if config.has_images and config.train_data != "embedded:emoji":
-        return [text for texts in source(config).texts for text in texts]
+    """The captions of a config's images or clips, or its prompts; no file is opened for more."""
+    files = source(config)
+    if files is not None:
+        return [text for texts in files.texts for text in texts]
     return data_set(config, (8, 8)).captions
-
-
-def source(config: TrainConfig) -> Source:
-    """Where the images of a config are; UserError where they are not."""
-    c = config
-    if c.dataset_name is not None:
-        return sources.dataset(c.dataset_name, c.dataset_config_name, c.dataset_split, c.image_column, c.caption_column)
-    return sources.source_of(c.train_data or "", c.caption_column)
 
 
 def buckets(config: TrainConfig, pixels: tuple[int, int]) -> list[tuple[int, int]]:

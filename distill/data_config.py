@@ -11,7 +11,9 @@ class DataConfig(BaseModel, frozen=True):
     """What a run trains on, and in which sizes; spelt as in diffusers' and kohya's scripts."""
 
     train_data: str | None = Field(
-        None, description="images with captions: a folder, .tar shards (a path, pattern or folder), or embedded:NAME"
+        None,
+        description="images, or for a teacher of clips these, with captions: a folder, .tar shards (a path, pattern or "
+        "folder), or embedded:NAME",
     )
     dataset_name: str | None = Field(
         None, description="or a data set of the package datasets: a folder of save_to_disk, or a name"
@@ -27,6 +29,7 @@ class DataConfig(BaseModel, frozen=True):
     height: int | None = Field(None, ge=8, validate_default=True)
     width: int | None = Field(None, ge=8, validate_default=True)
     num_frames: int | None = Field(None, ge=1)
+    clip_fps: float | None = Field(None, gt=0, description="of clips, frames a second taken; default: the teacher's")
     aspect_ratio_buckets: bool | list[tuple[int, int]] = Field(
         False, description="true, or sizes 'height,width;height,width': each image goes to the nearest shape"
     )
@@ -41,7 +44,7 @@ class DataConfig(BaseModel, frozen=True):
 
     @property
     def has_images(self) -> bool:
-        """Whether images with captions are given."""
+        """Whether images or clips with captions are given."""
         return self.train_data is not None or self.dataset_name is not None
 
     @field_validator("dataset_name")

@@ -19,6 +19,7 @@ from fewstep.distill import cache, checkpoint, run
 from fewstep.distill import data as data_sets
 from fewstep.distill.config import ConfigError, TrainConfig
 from fewstep.distill.data import DataSet
+from fewstep.distill.files import source
 from fewstep.distill.random import generator
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.errors import UserError
@@ -172,7 +173,9 @@ def _split(config: TrainConfig, parts: int, data: DataSet | None) -> tuple[Route
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
     if len(teacher.networks) > 1:
         raise ConfigError("config: parts: not for a teacher of two networks, which levels are split between")
-    data = data or data_sets.data_set(config, teacher.pixels(config.height, config.width))
+    if data is None:
+        pixels, frames = teacher.pixels(config.height, config.width), teacher.frames(config.num_frames)
+        data = data_sets.data_set(config, pixels, frames, source(config, teacher.clips))
     law = torch.tensor(drawn(data, config.seed))
     stored = cache.conditions(config, teacher, data.captions)
     conditions = [stored[range(i, min(i + cache.CHUNK, stored.size))] for i in range(0, stored.size, cache.CHUNK)]

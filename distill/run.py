@@ -17,6 +17,7 @@ from fewstep.distill.config import ConfigError, TrainConfig, load_config
 from fewstep.distill.data import DataSet
 from fewstep.distill.distiller import Distiller
 from fewstep.distill.family_config import DistributionMatchingConfig
+from fewstep.distill.files import source
 from fewstep.distill.methods import distiller, why_not
 from fewstep.distill.networks import Networks
 from fewstep.distill.objectives import regression
@@ -35,7 +36,9 @@ def refuse(config: TrainConfig) -> None:
     """Refuse, before any weight loads, what the method needs and the config lacks."""
     needs = distiller(config.method).needs_of(config)
     if "images" in needs and not config.has_images:
-        raise ConfigError(f"config: train_data: missing; method {config.method} learns from images with captions")
+        raise ConfigError(
+            f"config: train_data: missing; method {config.method} learns from images or clips with captions"
+        )
     if "prompts" in needs and config.prompts is None and not config.has_images:
         raise ConfigError(f"config: prompts: missing; method {config.method} needs prompts (or train_data's captions)")
     if "student_config" in needs and config.student_config is None and config.student_init is None:
@@ -125,6 +128,7 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     backbone = family(class_of(config.teacher, config.revision)) if teacher is None else type(teacher)
     if reason := why_not(config, backbone):
         raise ConfigError(f"config: method {config.method}: {reason}")
+    files = source(config, backbone.clips) if data is None else None
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=str(config.run_dir)
@@ -149,7 +153,8 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     if networks.student is not teacher:
         record.say(said(config, networks.student, teacher))
     if data is None:
-        data = data_sets.data_set(config, teacher.pixels(config.height, config.width))
+        pixels, frames = teacher.pixels(config.height, config.width), teacher.frames(config.num_frames)
+        data = data_sets.data_set(config, pixels, frames, files)
     buckets = data.buckets if config.aspect_ratio_buckets else ()
     shapes = [teacher.latent_shape(*size, config.num_frames) for size in buckets]
     if shapes and teacher.pipeline.scheduler.config.get("use_dynamic_shifting"):

@@ -1,4 +1,4 @@
-"""Where images with captions come from: a folder, tar shards, a data set of the package datasets. All give files as bytes."""
+"""Where images or clips with captions come from: a folder, tar shards, a data set of the package datasets; as bytes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fewstep.distill.pictures import SUFFIXES, Unusable
+from fewstep.distill import clips, pictures
+from fewstep.distill.pictures import Unusable
 from fewstep.samplers.errors import UserError, reason
+
+SUFFIXES = (*pictures.SUFFIXES, *(suffix for suffix in clips.SUFFIXES if suffix not in pictures.SUFFIXES))
+"""Of images and clips; `files.source` asks which of them a run learns from."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """N images.
+    """N images, or N clips.
 
     Attributes:
-        names: what a message calls each image.
-        texts: captions of each image, one at least.
-        read: the file of image i.
+        names: what a message calls each.
+        texts: captions of each, one at least.
+        read: the file of sample i.
     """
 
     names: Sequence[str]
@@ -31,7 +35,7 @@ class Source:
 
 
 def source_of(train_data: str, column: str = "text") -> Source:
-    """A folder of images, or of shards, or a shard, or a pattern of shards."""
+    """A folder of images or clips, or of shards, or a shard, or a pattern of shards."""
     path = Path(train_data)
     if path.is_dir() and not any(path.glob("*.tar")):
         return folder(path, column)
@@ -66,10 +70,10 @@ def _captions(value: Any, where: str) -> tuple[str, ...]:
 
 
 def folder(root: Path, column: str = "text") -> Source:
-    """Images below a folder; captions in a `metadata.jsonl` beside them, or in a `.txt` of the image's name."""
+    """Images and clips below a folder; captions in a `metadata.jsonl` beside them, or in a `.txt` of the same name."""
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
-        raise UserError(f"train_data {root}: no images there ({', '.join(SUFFIXES)})")
+        raise UserError(f"train_data {root}: no images or clips there ({', '.join(SUFFIXES)})")
     listed = _metadata(root, column)
     missing = sorted(str(p.relative_to(root)) for p in listed.keys() - set(paths))
     if missing:
@@ -86,7 +90,7 @@ def folder(root: Path, column: str = "text") -> Source:
         else:
             bare.append(path.name)
     if bare:
-        raise UserError(f"train_data {root}: {len(bare)} images lack a .txt caption, e.g. {some(bare, 1)}")
+        raise UserError(f"train_data {root}: {len(bare)} files lack a .txt caption, e.g. {some(bare, 1)}")
 
     def read(i: int) -> bytes:
         try:
@@ -138,7 +142,7 @@ class _Member:
 
 
 def shards(pattern: str, column: str = "text") -> Source:
-    """Samples of webdataset's tar files: members of one name, an image and a caption in `.txt` or `.json`.
+    """Samples of webdataset's tar files: members of one name, an image or a clip, and a caption in `.txt` or `.json`.
 
     Args:
         pattern: a file, a folder of `.tar` files, or a pattern with `*` or `{000..127}`.
@@ -146,26 +150,28 @@ def shards(pattern: str, column: str = "text") -> Source:
 
     Members are read at their places, in any order: the archives must be uncompressed and on this machine.
     """
-    images, texts, faults = [], [], []
+    found, texts, faults = [], [], []
     for path in shard_paths(pattern):
         for key, parts in _samples(path).items():
-            pictures = [m for ext, m in parts.items() if f".{ext}" in SUFFIXES]
+            seen = [m for ext, m in parts.items() if f".{ext}" in SUFFIXES]
             where = f"{path}/{key}"
-            if len(pictures) != 1:
-                faults.append(f"{where} ({len(pictures)} images)")
+            if len(seen) != 1:
+                faults.append(f"{where} ({len(seen)} images or clips)")
             elif "txt" in parts:
                 texts.append((_decoded(parts["txt"]).strip(),))
-                images.append(pictures[0])
+                found.append(seen[0])
             elif "json" in parts:
                 texts.append(_captions(_field(parts["json"], column), f"{where}.json, {column}"))
-                images.append(pictures[0])
+                found.append(seen[0])
             else:
                 faults.append(f"{where} (no .txt, no .json)")
     if faults:
-        raise UserError(f"train_data {pattern}: {len(faults)} samples are not an image with a caption: {some(faults)}")
-    if not images:
-        raise UserError(f"train_data {pattern}: no images in these shards")
-    return Source([f"{m.shard}/{m.name}" for m in images], texts, lambda i: images[i].read())
+        raise UserError(
+            f"train_data {pattern}: {len(faults)} samples are not an image or a clip with a caption: {some(faults)}"
+        )
+    if not found:
+        raise UserError(f"train_data {pattern}: no images or clips in these shards")
+    return Source([f"{m.shard}/{m.name}" for m in found], texts, lambda i: found[i].read())
 
 
 def shard_paths(pattern: str) -> list[Path]:

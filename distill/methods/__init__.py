@@ -35,8 +35,6 @@ def distiller(method: str) -> type[Distiller]:
 
 def why_not(config: TrainConfig, backbone: type[Denoiser]) -> str | None:
     """Why a config's method trains no such students of a backbone; None where it does."""
-    if backbone.clips and "images" in distiller(config.method).needs_of(config):
-        return "needs clips for this teacher, and train_data has images only"
     if config.method == "tsm" and config.student == "lora":
         return "a network of another size is no LoRA: set student: full"
     if getattr(config, "policy", None) == "phases" and len(backbone.network_names) < 2:

@@ -305,6 +305,10 @@ class Denoiser(ABC):
         latent_height, latent_width = self.latent_shape(height, width)[-2:]
         return latent_height * factor, latent_width * factor
 
+    def frames(self, frames: int | None = None) -> tuple[int, float] | None:
+        """How many frames a clip has, default the pipeline's own number, and how many a second; None of images."""
+        return None
+
     def with_guidance_input(self) -> Denoiser:
         """The same denoiser around networks that also take a guidance scale and ignore it until trained."""
         raise UserError(f"{type(self.pipeline).__name__}: its network cannot be given a guidance input")

@@ -81,6 +81,10 @@ class Wan(Denoiser):
             raise UserError(f"{frames} frames: must be 1 more than a multiple of {stride}, e.g. {stride * 4 + 1}")
         return config.in_channels, (frames - 1) // stride + 1, height // factor, width // factor
 
+    def frames(self, frames: int | None = None) -> tuple[int, float] | None:
+        """16 a second, of Wan 2.2 TI2V 5B, which tells a time for each token, 24."""
+        return frames or FRAMES, 24 if self.pipeline.config.expand_timesteps else 16
+
     def to_latents(self, images: Tensor) -> Tensor:
         vae = self.pipeline.vae
         clips = (2 * images - 1).transpose(1, 2).to(vae.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +72,30 @@ def write_images(folder: Path, n: int = 6, side: int = 16) -> Path:
         pixels = np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"thing {i}\n")
+    return folder
+
+
+def write_clip(path: Path, levels: Sequence[float], fps: float = 16, size: tuple[int, int] = (64, 64)) -> Path:
+    """A video whose frames are of one grey each, levels of 255, with H.264 or what else the suffix asks for."""
+    import imageio_ffmpeg
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    given = {"codec": "libvpx"} if path.suffix == ".webm" else {"output_params": ["-preset", "ultrafast"]}
+    writer = imageio_ffmpeg.write_frames(
+        str(path), size[::-1], fps=fps, quality=9, macro_block_size=2, ffmpeg_log_level="error", **given
+    )
+    writer.send(None)
+    for level in levels:
+        writer.send(np.full((*size, 3), round(level), np.uint8))
+    writer.close()
+    return path
+
+
+def write_clips(folder: Path, captions: Sequence[str], frames: int = 5) -> Path:
+    """A video of 64x64 pixels for each caption, brighter from frame to frame."""
+    for i, caption in enumerate(captions):
+        write_clip(folder / f"{i}.mp4", [20 * i + 30 * f for f in range(frames)])
+        (folder / f"{i}.txt").write_text(caption)
     return folder
 
 

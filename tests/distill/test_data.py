@@ -64,9 +64,9 @@ def read_all(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "1.txt").unlink(), "train_data {f}: 1 images lack a .txt caption, e.g. 1.png"),
+        (lambda f: (f / "1.txt").unlink(), "train_data {f}: 1 files lack a .txt caption, e.g. 1.png"),
         (lambda f: (f / "1.txt").write_bytes(b"\xff\xfe\xff"), "caption {f}/1.txt: cannot be read as text in UTF-8"),
-        (lambda f: [p.unlink() for p in f.glob("*.png")], "train_data {f}: no images there"),
+        (lambda f: [p.unlink() for p in f.glob("*.png")], "train_data {f}: no images or clips there"),
         (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), "train_data {f}: no such folder"),
         (lambda f: (f / "1.png").write_bytes(b"no picture"), "{f}/1.png: cannot be read as an image"),
         (lambda f: os.truncate(f / "1.png", 200), "{f}/1.png: cannot be read as an image"),

@@ -71,7 +71,7 @@ def test_captions_in_a_list(tmp_path: Path):
         ),
         (
             lambda p: (p / "photo.HEIC").write_bytes(b"x"),
-            "train_data {p}: 1 images lack a .txt caption, e.g. photo.HEIC",
+            "train_data {p}: 1 files lack a .txt caption, e.g. photo.HEIC",
         ),
     ],
 )
@@ -117,12 +117,15 @@ def test_one_shard_and_another_key(shards: Path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.png": b"A"}, r"1 samples are not an image with a caption: .*bad.tar/a \(no .txt, no .json\)"),
-        ({"a.txt": b"A", "b.cls": b"1"}, r"2 samples .*bad.tar/a \(0 images\), .*bad.tar/b \(0 images\)"),
-        ({"a.png": b"A", "a.jpg": b"A", "a.txt": b"A"}, r"1 samples .*a \(2 images\)"),
+        ({"a.png": b"A"}, r"1 samples are not an image or a clip with a caption: .*bad.tar/a \(no .txt, no .json\)"),
+        (
+            {"a.txt": b"A", "b.cls": b"1"},
+            r"2 samples .*bad.tar/a \(0 images or clips\), .*bad.tar/b \(0 images or clips\)",
+        ),
+        ({"a.png": b"A", "a.jpg": b"A", "a.txt": b"A"}, r"1 samples .*a \(2 images or clips\)"),
         ({"a.png": b"A", "a.json": b"{}"}, r"bad.tar/a.json: must be an object with text \(caption_column"),
         ({"a.png": b"A", "a.txt": b"\xff\xfe"}, r"caption .*bad.tar/a.txt: cannot be read as text in UTF-8"),
-        ({}, "no images in these shards"),
+        ({}, "no images or clips in these shards"),
     ],
 )
 def test_a_shard_that_is_wrong(tmp_path: Path, members: dict[str, bytes], message: str):

@@ -109,7 +109,7 @@ def test_what_is_missing_is_refused_before_weights_load(
     (tmp_path / "empty.txt").write_text("\n \n")
     nothing = {"train_data": None, "prompts": None}
     for changes, message in [
-        (nothing, "train_data: missing; method lcm learns from images with captions"),
+        (nothing, "train_data: missing; method lcm learns from images or clips with captions"),
         (nothing | {"method": "dmd2"}, "prompts: missing; method dmd2 needs prompts"),
         (nothing | {"method": "dmd2", "prompts": str(tmp_path / "empty.txt")}, "the file holds no prompt"),
         (nothing | {"method": "dmd2", "prompts": str(tmp_path / "none.txt")}, "cannot be read as text"),
