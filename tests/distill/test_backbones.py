@@ -1,58 +1,102 @@
-"""Methods on backbones that have few recipes, two iterations each: LoRA and full, to a student that loads."""
+"""Methods on backbones that have few recipes, two iterations each: LoRA and full, to a student that plain diffusers runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fewstep.distill import load_config, train
-from fewstep.distill.config import ConfigError
-from fewstep.distill.methods import why_not
-from fewstep.samplers.denoisers.wan import Wan
-from fewstep.samplers.load import load, load_student
+from fewstep.samplers.load import FAMILIES, load, load_student
 from fewstep.samplers.manifest import base_parameters, fingerprint
 from fewstep.samplers.plan import sample
-from tests.distill.runs import metrics, write_images
-from tests.pipelines import tiny_classes, tiny_dit, tiny_pixart, tiny_wan
+from tests.distill import test_recipes
+from tests.distill.runs import metrics, write_clips, write_images
+from tests.pipelines import tiny_classes, tiny_ddpm, tiny_dit, tiny_pixart, tiny_wan
+from tests.samplers.students import snippet_of
+from tests.samplers.test_card import decoded
 
-TINY: dict[str, tuple[Callable[..., Any], tuple[str, str]]] = {  # with two prompts
-    "ConsistencyModelPipeline": (tiny_classes, ("0", "3")),
-    "DiTPipeline": (tiny_dit, ("golden retriever", "7")),
-    "PixArtAlphaPipeline": (tiny_pixart, ("a red apple", "a cat")),
+
+@dataclass(frozen=True)
+class Tiny:
+    """A pipeline, two prompts for it, and the size of its samples where its own is large; with a size they are clips."""
+
+    build: Callable[..., Any]
+    prompts: tuple[str, str]
+    size: tuple[str, ...] = ()
+
+
+TINY = {
+    "ConsistencyModelPipeline": Tiny(tiny_classes, ("0", "3")),
+    "DDPMPipeline": Tiny(tiny_ddpm, ("one", "two")),
+    "DiTPipeline": Tiny(tiny_dit, ("golden retriever", "7")),
+    "PixArtAlphaPipeline": Tiny(tiny_pixart, ("a red apple", "a cat")),
+    "PixArtSigmaPipeline": Tiny(lambda folder: tiny_pixart(folder, sigma=True), ("a red apple", "a cat")),
+    "WanPipeline": Tiny(tiny_wan, ("a red apple", "a cat"), ("height=64", "width=64", "num_frames=5")),
 }
+OF_RECIPES = {
+    "FluxPipeline": "black-forest-labs/FLUX.1-dev",
+    "SanaPipeline": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    "StableDiffusionPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "StableDiffusion3Pipeline": "stabilityai/stable-diffusion-3.5-medium",
+    "StableDiffusionXLPipeline": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+"""The teacher of each other class, which tests/distill/test_recipes.py trains."""
+
+
+def test_every_class_is_trained_in_both_ways_by_both_methods():
+    """Here or there."""
+    asked = [(r.teacher, r.method, r.student) for r in test_recipes.RECIPES.values()]
+    asked += [(test_recipes.RECIPES[name].teacher, *way) for name, *way in test_recipes.WITHOUT]
+    ways = set(product(("lcm", "dmd2"), ("lora", "full")))
+    assert TINY.keys() | OF_RECIPES.keys() == FAMILIES.keys()
+    for teacher in OF_RECIPES.values():
+        assert {(method, kind) for of, method, kind in asked if of == teacher} >= ways
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder with a teacher, pictures of 16 or 8 pixels with captions, and prompts; made once."""
+    """A folder with a teacher, pictures of 16 or 8 pixels or clips with captions, and prompts; made once."""
     home = tmp_path_factory.mktemp("teachers")
 
     def folder(name: str) -> Path:
-        build, prompts = TINY[name]
-        path = home / name
+        tiny, path = TINY[name], home / name
         if not path.is_dir():
-            build(path / "teacher")
-            write_images(path / "images", n=2)
-            for i, prompt in enumerate(prompts):
-                (path / "images" / f"{i}.txt").write_text(prompt)
-            (path / "prompts.txt").write_text("\n".join(prompts))
+            tiny.build(path / "teacher")
+            if tiny.size:
+                write_clips(path / "data", tiny.prompts)
+            else:
+                write_images(path / "data", n=2)
+            for i, prompt in enumerate(tiny.prompts):
+                (path / "data" / f"{i}.txt").write_text(prompt)
+            (path / "prompts.txt").write_text("\n".join(tiny.prompts))
         return path
 
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated")  # cards are written for earlier diffusers too
 @pytest.mark.parametrize("student", ["lora", "full"])
 @pytest.mark.parametrize("method", ["lcm", "dmd2"])
 @pytest.mark.parametrize("name", TINY)
-def test_a_method_trains_a_backbone(name: str, method: str, student: str, made: Callable[[str], Path], tmp_path: Path):
-    """Every role has a loss; the student moved from its teacher, samples as labelled, and says what it is."""
-    folder, prompts = made(name), list(TINY[name][1])
+def test_a_method_trains_a_backbone(
+    name: str,
+    method: str,
+    student: str,
+    made: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Every role has a loss; the student moved from its teacher, says what it is, and samples as labelled, here and there."""
+    folder, prompts = made(name), list(TINY[name].prompts)
     own = {  # the student's first step of dmd2 is nothing where fake score and teacher are still the same
-        "lcm": (f"train_data={folder / 'images'}",),
+        "lcm": (f"train_data={folder / 'data'}",),
         "dmd2": (f"prompts={folder / 'prompts.txt'}", "fake_score_updates=1"),
     }
     run = train(
@@ -61,7 +105,7 @@ def test_a_method_trains_a_backbone(name: str, method: str, student: str, made: 
             [
                 *(*own[method], f"output_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}", "steps=[2]", "rank=2"),
                 *("max_train_steps=2", "train_batch_size=2", "logging_steps=1", "learning_rate=0.01"),
-                *(f"validation_prompts=[{', '.join(repr(p) for p in prompts)}]", "guidance_scale=3"),
+                *(f"validation_prompts=[{', '.join(repr(p) for p in prompts)}]", "guidance_scale=3", *TINY[name].size),
                 # one of the runs of a teacher is enough, and a preview has twenty steps of it
                 *(f"preflight={str((method, student) == ('lcm', 'lora')).lower()}", "validation_guidance_scale=1"),
             ],
@@ -79,22 +123,37 @@ def test_a_method_trains_a_backbone(name: str, method: str, student: str, made: 
     assert before.keys() == after.keys()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     adapted = {k for k in before if k.removesuffix(".weight").endswith(tuple(f".{e}" for e in teacher.lora_targets))}
-    assert changed
+    assert bool(changed) != (student == "lora" and teacher.takes_lora)  # there it is beside the base's weights
     assert student == "full" or changed <= adapted
-    latents = sample(loaded, loaded.encode(prompts), manifest.plan(2), [0, 1])
-    swapped = sample(loaded, loaded.encode(prompts[::-1]), manifest.plan(2), [0, 1])
-    assert (latents - swapped).norm() > 1e-3 * latents.norm()
-    assert all(f"{prompt}" in (run / "student/README.md").read_text() for prompt in prompts)
+    shape = loaded.latent_shape(manifest.height, manifest.width, manifest.num_frames)
+    latents, swapped, teachers = (
+        sample(d, d.encode(said), manifest.plan(2), [0, 1], shape)
+        for d, said in ((loaded, prompts), (loaded, prompts[::-1]), (teacher, prompts))
+    )
+    assert (latents - teachers).norm() > 1e-3 * latents.norm()
+    assert (latents - swapped).norm() > 1e-3 * latents.norm() or not loaded.takes_prompts
+    assert not loaded.takes_prompts or all(f"{prompt}" in (run / "student/README.md").read_text() for prompt in prompts)
+    theirs = by_the_card(run / "student", monkeypatch)
+    assert (decoded(loaded, latents) - theirs).abs().max() < 1e-4
 
 
-def test_clips_cannot_be_learnt_from_images(tmp_path: Path):
-    """Refused before a weight loads, in the words of `fewstep backbones`."""
-    tiny_wan(tmp_path / "teacher")
-    for weights in (tmp_path / "teacher").rglob("*.safetensors"):
-        weights.unlink()
-    config = {"method": "lcm", "teacher": str(tmp_path / "teacher"), "output_dir": str(tmp_path), "train_data": "."}
-    with pytest.raises(ConfigError, match="method lcm: needs clips for this teacher, and train_data has images only"):
-        train(load_config(config))
-    of_prompts = config | {"method": "dmd2", "prompts": "."}
-    assert why_not(load_config(of_prompts), Wan) is None
-    assert "needs clips" in str(why_not(load_config(of_prompts | {"gan_weight": 1.0e-3}), Wan))
+def by_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """What the snippet of a student's card, as it stands, gives to the decoder in two steps; of pixel models images."""
+    import diffusers
+
+    seen: list[Tensor] = []
+
+    def note(cls: type, name: str, keep: Callable[..., Any]) -> None:
+        monkeypatch.setattr(
+            cls, name, lambda self, x, *rest, **given: seen.append(torch.as_tensor(x)) or keep(self, x, *rest, **given)
+        )
+
+    for vae in (diffusers.AutoencoderKL, diffusers.AutoencoderKLWan):
+        note(vae, "decode", vae.decode)
+    for pipeline in (diffusers.ConsistencyModelPipeline, diffusers.DDPMPipeline):
+        convert = pipeline.numpy_to_pil
+        note(pipeline, "numpy_to_pil", lambda self, images, convert=convert: convert(images))
+    monkeypatch.chdir(folder)
+    exec(snippet_of(folder, 2), {"__name__": "__main__"})
+    (given,) = seen
+    return given

@@ -251,6 +251,7 @@ def test_memory_stays_flat_over_a_thousand_batches(tmp_path: Path, monkeypatch: 
     stub: Any = SimpleNamespace(
         pipeline=SimpleNamespace(components={}),
         network_names=(),
+        clips=False,
         device="cpu",
         to_latents=lambda images: images.mean((1, 2, 3)).reshape(-1, 1, 1, 1).expand(-1, 4, 32, 32),
         encode=lambda texts, negative: Condition(

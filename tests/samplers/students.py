@@ -106,7 +106,7 @@ CASES = {
     "sana-lora": case(tiny_sana, "lora", renoising, 1, 4),
     "sana-full": case(tiny_sana, "full", lambda k: uniform_plan(k, 3.0), 1, 4),
     "wan-lora": case(tiny_wan, "lora", lambda k: uniform_plan(k, 2.0), 1, 4),
-    "wan-file-lora": case(tiny_wan, "lora", renoising, 2, file=True),
+    "wan-file-lora": case(tiny_wan, "lora", lcm, 4, file=True),
     "wan-full": case(tiny_wan, "full", renoising, 1, 2),
     "wan2-lora": case(tiny_wan, "lora", two_scales, 3, two_transformers=True),
     "wan2-full": case(tiny_wan, "full", uniform_plan, 4, two_transformers=True),
