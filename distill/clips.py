@@ -45,8 +45,9 @@ def clip(data: bytes, name: str, size: tuple[int, int], frames: int, rate: float
     # as near the first, though containers round times to milliseconds
     middle = "t+if(n,t-prev_t,0)/2+0.001"
     nearest = f"setpts=PTS-STARTPTS,select='gte({middle},selected_n/{rate:g})'"
-    with _decoded(data, name, ["-vf", nearest, "-fps_mode", "passthrough", "-frames:v", str(frames)]) as (own, decoded):
-        found = [fitted(Image.frombytes("RGB", own[::-1], frame), size, name) for frame in decoded]
+    options = ["-vf", nearest, "-fps_mode", "passthrough", "-frames:v", str(frames)]
+    with _decoded(data, name, options) as ((height, width), decoded):
+        found = [fitted(Image.frombytes("RGB", (width, height), frame), size, name) for frame in decoded]
     if len(found) < frames:
         raise Unusable(
             f"{name}: is too short, {len(found)} of {frames} frames at {rate:g} a second (num_frames, clip_fps)"

@@ -14,14 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.distill import cache
+from fewstep.distill import cache, sources
 from fewstep.distill.clips import clip, upright_size
 from fewstep.distill.config import load_config
 from fewstep.distill.data import Clips, data_set
 from fewstep.distill.files import source
 from fewstep.distill.pictures import Unusable
 from fewstep.distill.run import train
-from fewstep.distill.sources import folder, source_of
+from fewstep.distill.sources import Source, folder, source_of
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
@@ -178,8 +178,21 @@ def test_clips_in_buckets(tmp_path: Path):
     assert [tuple(found.image(i).shape) for i in range(3)] == [(2, 3, 32, 64), (2, 3, 64, 32), (2, 3, 48, 48)]
 
 
-@pytest.mark.parametrize("method", ["lcm", "dmd2"])
-def test_files_of_the_other_kind_are_refused_before_a_weight_loads(made: Path, tmp_path: Path, method: str):
+def test_a_data_set_of_the_package_holds_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of which a teacher of clips may take the captions."""
+    rows = Source(["org/set, row 0"], [("one",)], lambda i: b"")
+    monkeypatch.setattr(sources, "dataset", lambda *_: rows)
+    given = {"train_data": None, "dataset_name": "org/set"}
+    with pytest.raises(
+        UserError, match="dataset_name org/set: holds images; this teacher makes clips: train_data must be"
+    ):
+        source(config(tmp_path, method="lcm", **given), True)
+    assert source(config(tmp_path, method="lcm", **given), False) is rows
+    assert source(config(tmp_path, method="dmd2", **given), True) is rows
+
+
+@pytest.mark.parametrize("method", [{"method": "lcm"}, {"method": "dmd2", "gan_weight": 1.0e-3}])
+def test_files_of_the_other_kind_are_refused_before_a_weight_loads(made: Path, tmp_path: Path, method: dict[str, Any]):
     """Pictures for a teacher of clips, clips for one of images, drawings; where captions alone are read, either will do."""
     tiny_wan(tmp_path / "wan")
     tiny_stable_diffusion(tmp_path / "sd")
@@ -187,30 +200,15 @@ def test_files_of_the_other_kind_are_refused_before_a_weight_loads(made: Path, t
         weights.unlink()
     images, clips = write_images(tmp_path / "images", 2), shutil.copytree(made, tmp_path / "clips")
     write_images(clips / "more", 1)
-    for teacher, data, said in [
-        (
-            "wan",
-            images,
-            rf"train_data {images}: 2 of 2 are images, e.g. {images}/0.png and 1 more; this teacher makes clips",
-        ),
-        ("wan", clips, rf"train_data {clips}: 1 of 3 are images, e.g. {clips}/more/0.png; this teacher makes clips"),
-        (
-            "sd",
-            clips,
-            rf"train_data {clips}: 2 of 3 are clips, e.g. {clips}/0.mp4 and 1 more; this teacher makes images",
-        ),
-        ("wan", "embedded:emoji", "train_data embedded:emoji: holds images; this teacher makes clips"),
-    ]:
-        given = {
-            "method": method,
-            "teacher": str(tmp_path / teacher),
-            "output_dir": str(tmp_path),
-            "train_data": str(data),
-        }
-        settings = load_config(given)
-        if method == "dmd2":
-            assert source(settings, teacher == "wan") is None or len(source(settings, teacher == "wan").names) > 1  # type: ignore[union-attr]
-            settings = load_config(given | {"gan_weight": 1.0e-3})
-        with pytest.raises(UserError, match=said) as caught:
-            train(settings)
+    for teacher, data, said in (
+        ("wan", images, f"2 of 2 are images, e.g. {images}/0.png and 1 more; this teacher makes clips"),
+        ("wan", clips, f"1 of 3 are images, e.g. {clips}/more/0.png; this teacher makes clips"),
+        ("sd", clips, f"2 of 3 are clips, e.g. {clips}/0.mp4 and 1 more; this teacher makes images"),
+        ("wan", "embedded:emoji", "holds images; this teacher makes clips"),
+    ):
+        given = {"teacher": str(tmp_path / teacher), "output_dir": str(tmp_path), "train_data": str(data)}
+        with pytest.raises(UserError, match=f"^train_data {data}: {said}") as caught:
+            train(load_config(given | method))
         assert len(str(caught.value).splitlines()) == 1
+        read = source(load_config(given | {"method": "dmd2"}), teacher == "wan")
+        assert read is None or len(read.names) == len(list(Path(data).rglob("*.txt")))

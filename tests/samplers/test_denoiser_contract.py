@@ -159,7 +159,8 @@ def test_latents_of_clips():
     std = torch.tensor([0.9, 1.1, 1.3, 0.7]).reshape(4, 1, 1, 1)
     torch.testing.assert_close(latents, (mode - mean) / std)
     back = denoiser.pipeline.vae.decode(mode).sample.transpose(1, 2) / 2 + 0.5
-    torch.testing.assert_close(denoiser.to_images(latents), back)
+    # random weights magnify the rounding of what was scaled there and back
+    torch.testing.assert_close(denoiser.to_images(latents), back, atol=2e-3, rtol=0)
 
 
 def test_pixels_are_their_own_latents():
