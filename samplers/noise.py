@@ -59,6 +59,10 @@ class NoiseProcess(ABC):
         """The time `t` of the uniform draw or grid point `u` in [0, 1]; the identity except for shifted flows."""
         return u
 
+    def unshift(self, t: Tensor) -> Tensor:
+        """The inverse of `shift`."""
+        return t
+
     def levels(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Alpha and sigma at `t`, broadcastable over `x`."""
         t = t if t.dtype == torch.float64 else t.float()
@@ -213,7 +217,6 @@ class Flow(NoiseProcess):
         return self.factor * u / (1 + (self.factor - 1) * u)
 
     def unshift(self, t: Tensor) -> Tensor:
-        """The inverse of `shift`."""
         return t / (self.factor - (self.factor - 1) * t)
 
     def model_time(self, t: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class MixtureTeacher(Denoiser):
         means: of the modes, (M, C).
         std: of each.
         side: see above; a batch is many draws.
-        boundary: level above which a network of its own, "high", predicts, and below which "low" does; none: one network.
+        boundary: level from which on a network of its own, "high", predicts, and below which "low" does; none: one network.
     """
 
     network_names = ("network",)
@@ -106,10 +106,14 @@ class MixtureTeacher(Denoiser):
     def call(self, network: Callable[..., Any], x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return network(x_t, time, condition.tensors["shift"].to(x_t))
 
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        return () if self.boundary is None else (self.boundary,)
+
     def route(self, time: Tensor) -> dict[str, Tensor]:
         if self.boundary is None:
             return super().route(time)
-        high = self.noise.from_model_time(time) > self.boundary
+        high = self.noise.from_model_time(time) >= self.boundary
         sides = {"high": high.nonzero()[:, 0], "low": (~high).nonzero()[:, 0]}
         return {name: rows for name, rows in sides.items() if len(rows)}
 

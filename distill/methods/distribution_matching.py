@@ -17,7 +17,7 @@ from torch import Tensor
 from fewstep.distill.distiller import Batch, Distiller, Losses, Role
 from fewstep.distill.family_config import DistributionMatchingConfig, Explicit, Noisy, OfRatio
 from fewstep.distill.networks import Networks
-from fewstep.distill.objectives import adversarial, cost, implicit, policy, regression
+from fewstep.distill.objectives import adversarial, cost, implicit, phases, policy, regression
 from fewstep.distill.objectives.divergence import huber, reverse_kl, sid, sim, spread, surrogate, weighted
 from fewstep.distill.objectives.f_divergence import density_ratio, uni_instruct, weights
 from fewstep.distill.objectives.fake_score import reweighted, subinterval_error, x0_hat_error
@@ -54,14 +54,15 @@ class DistributionMatching(Distiller):
         self.scale = float(self.noise.sigma(t)) if at_level else start_scale(self.noise)
         if config.start_gap and self.scale != 1:
             raise UserError(f"start_gap: a start from noise of scale {self.scale:.4g} has one level; set start_gap: 0")
-        self.phase_ends = policy.phase_ends(networks.base, even_levels(self.noise, config.steps[0], self.top), config)
-        self.student = networks.trained("student", phase_ends=self.phase_ends)
+        self.phase_ends = phases.phase_ends(networks.base, config, self.top)
+        self.phases = phases.shares(config.steps[0], self.phase_ends)
+        # of one network a LoRA takes over where a phase ends, of several the next of them
+        self.taken_over = self.phase_ends if len(networks.base.networks) == 1 else ()
+        self.student = networks.trained("student", phase_ends=self.taken_over)
         if config.step_conditioned:
             self.fake_score = networks.numbered("fake_score")
         else:
-            self.fake_score = networks.trained("fake_score", phase_ends=self.phase_ends)
-        phased = config.policy == "phases"
-        self.phases = policy.phases(self.student.denoiser, self.plan(config.steps[0])) if phased else [range(0)]
+            self.fake_score = networks.trained("fake_score", phase_ends=self.taken_over)
         self.discriminator: adversarial.Discriminator | None = None
         if config.discriminates:
             shape = networks.base.latent_shape(config.height, config.width, config.num_frames)
@@ -73,7 +74,7 @@ class DistributionMatching(Distiller):
         return {"teacher": self.teacher, "student": self.student, "fake_score": self.fake_score}
 
     def updates(self, iteration: int) -> list[str]:
-        _, since = policy.phase_of(iteration, len(self.phases), self.config)
+        _, since = phases.phase_of(iteration, len(self.phases), self.config)
         if since >= 0 and since % self.config.fake_score_updates == 0:
             return ["student", "fake_score"]
         return ["fake_score"]
@@ -90,8 +91,8 @@ class DistributionMatching(Distiller):
                 if batch.pairs is not None and "student" in roles:
                     draws.paired = policy.paired_step(batch.pairs, plan, self.ends, rng, self.noise)
             else:
-                number, _ = policy.phase_of(iteration, len(self.phases), c)
-                draws = policy.phase_draws(
+                number, _ = phases.phase_of(iteration, len(self.phases), c)
+                draws = phases.phase_draws(
                     self.student.denoiser, told, plan, self.phases[number], rng, batch.shape, roles
                 )
         else:
@@ -311,10 +312,10 @@ class DistributionMatching(Distiller):
         if steps not in self.config.steps:
             counts = ", ".join(map(str, self.step_counts))
             raise UserError(f"steps {steps}: this student was trained for {counts} steps")
-        levels = even_levels(self.noise, steps, self.top - self.config.below_top(steps))
+        levels = even_levels(self.noise, steps, self.top - self.config.below_top(steps), self.phase_ends)
         rule = "ode" if self.config.policy in Noisy else "consistency"
         plan = plan_of_levels(levels, rule=rule, initial_scale=self.scale, embedded_guidance=self.guidance)
-        taken = [sum(step.level <= end for end in self.phase_ends) for step in plan.steps]
+        taken = [sum(step.level <= end for end in self.taken_over) for step in plan.steps]
         numbered = (step.model_copy(update={"network": n}) for step, n in zip(plan.steps, taken, strict=True))
         return plan.model_copy(update={"steps": tuple(numbered)})
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -21,13 +24,14 @@ def start_scale(noise: NoiseProcess) -> float:
     return max(1.0, float(noise.sigma(torch.ones(()))))
 
 
-def even_levels(noise: NoiseProcess, steps: int, top: float = 1.0) -> list[float]:
+def even_levels(noise: NoiseProcess, steps: int, top: float = 1.0, ends: Sequence[float] = ()) -> list[float]:
     """Top times 1, 1 - 1/K, ..., 1/K before the shift; of a table of N levels the nearest multiples of 1/N.
 
     At top = 1 the grid of DMD2 and of diffusers' trailing spacing; stock schedulers step through entries of the table
-    only.
+    only. `ends`, decreasing: as many steps down to each, evenly, as to the next and to 0.
     """
-    levels = [top * (1 - i / steps) for i in range(steps)]
+    each = steps // (len(ends) + 1)
+    levels = [a * (1 - i / each) + b * i / each for a, b in pairwise((top, *ends, 0.0)) for i in range(each)]
     return [round(v * noise.n) / noise.n for v in levels] if isinstance(noise, Discrete) else levels
 
 

@@ -7,8 +7,6 @@ that what is trained is what is used. What the call makes is compared at level 0
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,7 +20,6 @@ from fewstep.distill.random import Rngs
 from fewstep.samplers import rules
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
-from fewstep.samplers.errors import UserError
 from fewstep.samplers.noise import NoiseProcess
 from fewstep.samplers.plan import SamplingPlan
 
@@ -32,7 +29,7 @@ class Point:
     """What a step of the student makes, without graph: `x` at level `to`, by its `x0`; compared from there up to `start`.
 
     x, x0: (B, ...). Levels before the shift, (B,), to < start; `s` is that of x after it. `number`: of the step among those
-    of all counts, (B,), or None.
+    of all counts, (B,), or None. `gap`: least distance of compared levels from `to`.
     """
 
     x: Tensor
@@ -41,10 +38,11 @@ class Point:
     to: Tensor
     s: Tensor
     number: Tensor | None = None
+    gap: float = 0.0
 
     def level(self, u: Tensor) -> Tensor:
         """Where it is compared, before the shift, of u in [0, 1]."""
-        return self.to + (self.start - self.to) * u
+        return torch.maximum(self.to + (self.start - self.to) * u, self.to + self.gap)
 
 
 @dataclass
@@ -85,7 +83,7 @@ def drawn_level(config: DistributionMatchingConfig, role: str, rng: Rngs, point:
         return u if role == "fake_score" else c.min_level + (c.max_level - c.min_level) * u
     if role == "fake_score":
         return point.level(u)
-    low, high = (point.to + c.level_margin).clamp(min=c.min_level), point.start.clamp(max=c.max_level)
+    low, high = (point.to + max(c.level_margin, point.gap)).clamp(min=c.min_level), point.start.clamp(max=c.max_level)
     return low + (high - low) * u
 
 
@@ -212,63 +210,3 @@ def paired_step(
 
     (x_t, t), (x_s, s) = row(plan.levels), row([taken.to for taken in plan.steps])
     return x_t, t, regression.held_to(x_t, x_s, t, s, noise)
-
-
-def phase_ends(teacher: Denoiser, levels: Sequence[float], config: DistributionMatchingConfig) -> tuple[float, ...]:
-    """Where the next LoRA takes over, for a teacher of one network: its steps are shared out evenly; of several: none.
-
-    `levels`: of the plan. UserError for a number of steps that the phases do not divide.
-    """
-    if config.policy != "phases" or len(teacher.networks) > 1:
-        return ()
-    each, rest = divmod(len(levels), config.phases)
-    if rest:
-        raise UserError(f"phases: {config.phases} do not divide {len(levels)} steps; choose steps or phases otherwise")
-    return tuple(levels[each::each])
-
-
-def phases(student: Denoiser, plan: SamplingPlan) -> list[range]:
-    """Steps of the plan that one of the student's networks takes, for each network; UserError where all are one's."""
-    levels = student.noise.shift(torch.tensor(plan.levels, dtype=torch.float64))
-    taken = [next(iter(student.sides(student.noise.model_time(t)[None]))) for t in levels]
-    edges = [0, *(i for i in range(1, len(taken)) if taken[i] != taken[i - 1]), len(taken)]
-    if len(edges) == 2:
-        raise UserError(f"policy phases: all levels of {len(taken)} steps are those of one of the teacher's networks")
-    return [range(a, b) for a, b in itertools.pairwise(edges)]
-
-
-def phase_of(iteration: int, count: int, config: DistributionMatchingConfig) -> tuple[int, int]:
-    """Number of the phase that an iteration trains, and the iterations since its fake score's warm-up; one phase: 0.
-
-    A function of the iteration alone, so that resume has nothing to carry: an equal share of the run each, with a
-    warm-up of its own, or in turns, one of the student's at a time.
-    """
-    c = config
-    if c.phase_order == "sequential":
-        number = min(iteration * count // c.max_train_steps, count - 1)
-        return number, iteration - math.ceil(number * c.max_train_steps / count) - c.fake_score_warmup_steps
-    since = iteration - c.fake_score_warmup_steps
-    return since // c.fake_score_updates % count, since
-
-
-def phase_draws(
-    student: Denoiser,
-    condition: Condition,
-    plan: SamplingPlan,
-    phase: range,
-    rng: Rngs,
-    shape: tuple[int, ...],
-    roles: list[str],
-) -> Draws:
-    """A jump to the end of a phase, from one of its steps that is drawn once for all samples (Phased DMD).
-
-    Its input is the student's own ODE rollout, through the networks of the phases before, without graph.
-    """
-    step = phase.start + int(torch.randint(len(phase), (1,), generator=rng.shared("step")))
-    x, t = backward_simulation(student, condition, plan, step, rng, shape)
-    with torch.set_grad_enabled("student" in roles):
-        x0 = student.x0(x, t, condition)
-    start, to = (torch.full((len(x),), v, device=x.device) for v in (plan.levels[phase[0]], plan.steps[phase[-1]].to))
-    s = student.noise.shift(to)
-    point = Point(jump(x, x0.detach(), t, s, student.noise), x0.detach(), start, to, s)
-    return Draws(x0, points=dict.fromkeys(roles, point))

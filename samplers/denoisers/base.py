@@ -78,6 +78,11 @@ class Denoiser(ABC):
         return False
 
     @property
+    def boundaries(self) -> tuple[float, ...]:
+        """Least level, after the shift, of each of several networks but the last."""
+        return ()
+
+    @property
     def network(self) -> Any:
         """The first (often only) network."""
         return next(iter(self.networks.values()))

@@ -44,6 +44,11 @@ class Wan(Denoiser):
     def feature_blocks(self) -> tuple[str, ...]:
         return quarters(self.network.blocks, "blocks")
 
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        ratio = self.pipeline.config.boundary_ratio
+        return () if ratio is None or len(self.networks) == 1 else (ratio,)
+
     def route(self, time: Tensor) -> dict[str, Tensor]:
         """Rows on each side of the boundary. Of frames the noisiest decides."""
         ratio = self.pipeline.config.boundary_ratio

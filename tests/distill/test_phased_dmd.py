@@ -15,7 +15,7 @@ from fewstep.distill.distiller import Role
 from fewstep.distill.methods import why_not
 from fewstep.distill.methods.distribution_matching import DistributionMatching
 from fewstep.distill.networks import require_grad
-from fewstep.distill.objectives.policy import phase_of, phases
+from fewstep.distill.objectives.phases import phase_of
 from fewstep.distill.random import Rngs
 from fewstep.distill.run import networks_of, train
 from fewstep.samplers.adapters import Adapted, bare
@@ -25,8 +25,8 @@ from fewstep.samplers.denoisers.stable_diffusion import StableDiffusion
 from fewstep.samplers.denoisers.wan import Wan
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of, load, load_student
-from fewstep.samplers.noise import NoiseProcess
-from fewstep.samplers.plan import sample, uniform_plan
+from fewstep.samplers.noise import Discrete, NoiseProcess
+from fewstep.samplers.plan import sample
 from tests.distill.exact import SHIFT, prompts_of
 from tests.distill.gaussian import PROCESSES, Network, Teacher, calls, method, under_training
 from tests.distill.runs import config
@@ -35,18 +35,27 @@ from tests.pipelines import PROMPTS, tiny_stable_diffusion, tiny_wan
 MEAN, STD = [0.7, -0.4], [0.5, 1.3]
 
 
-class Experts(Teacher):
+class Halves:
     """Two networks: "high" takes the levels above 0.5, "low" the rest."""
+
+    noise: NoiseProcess
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        return (0.501 if isinstance(self.noise, Discrete) else 0.50001,)  # the level next above 0.5
+
+    def route(self, time: Tensor) -> dict[str, Tensor]:
+        high = self.noise.from_model_time(time) > self.boundaries[0] - 1e-6
+        sides = {"high": high.nonzero()[:, 0], "low": (~high).nonzero()[:, 0]}
+        return {name: rows for name, rows in sides.items() if len(rows)}
+
+
+class Experts(Halves, Teacher):
 
     def __init__(self, noise: NoiseProcess, mean: list[float], std: list[float], side: int = 1, knots: int = 4):
         super().__init__(noise, mean, std, side, knots)
         one = (len(mean), 1, 1)
         self.networks = {n: Network(noise, self.mean, self.std, knots, one) for n in ("high", "low")}
-
-    def route(self, time: Tensor) -> dict[str, Tensor]:
-        high = self.noise.from_model_time(time) > 0.501
-        sides = {"high": high.nonzero()[:, 0], "low": (~high).nonzero()[:, 0]}
-        return {name: rows for name, rows in sides.items() if len(rows)}
 
 
 def phased(folder: Path, name: str = "flow", **changes: Any) -> DistributionMatching:
@@ -67,14 +76,6 @@ def move(role: Role, seed: int) -> None:
         p.data = 0.3 * torch.randn(p.shape, generator=random)
 
 
-def test_phases_are_the_steps_of_each_network():
-    """Wan 2.2, boundary 0.9, shift 3: levels 1 and 0.9 are the first transformer's, 0.75 and 0.5 the second's."""
-    assert phases(Experts(PROCESSES["flow"], MEAN, STD), uniform_plan(4)) == [range(0, 2), range(2, 4)]
-    wan = tiny_wan(two_transformers=True)
-    assert phases(denoiser_of(wan), uniform_plan(4)) == [range(0, 2), range(2, 4)]
-    assert phases(denoiser_of(wan), uniform_plan(3)) == [range(0, 1), range(1, 3)]
-
-
 def test_what_has_no_phases_is_refused(tmp_path: Path):
     """A backbone whose pipeline loads no LoRA; full weights of one network; levels and steps that make no phases."""
     made = config(tmp_path, method="phased_dmd")
@@ -87,8 +88,10 @@ def test_what_has_no_phases_is_refused(tmp_path: Path):
         method(tmp_path, Teacher(PROCESSES["flow"], MEAN, STD), method="phased_dmd")
     with pytest.raises(UserError, match="phases: 3 do not divide 4 steps"):
         lora_phases(tmp_path, denoiser_of(tiny_stable_diffusion()), phases=3)
-    with pytest.raises(UserError, match="all levels of 1 steps are those of one of the teacher's networks"):
-        phased(tmp_path, steps=[1])
+    with pytest.raises(UserError, match="phases: 2 do not divide 3 steps"):
+        phased(tmp_path, steps=[3])
+    with pytest.raises(UserError, match="in the phase from 0.45 to 0.5, where a network of the teacher ends"):
+        phased(tmp_path, init_level=0.45)
     with pytest.raises(ConfigError, match="policy phases trains one step count"):
         config(tmp_path, method="phased_dmd", steps=[2, 4])
 
@@ -100,8 +103,8 @@ def test_whose_turn_it_is(tmp_path: Path):
     found = [phase_of(i, 2, one) for i in range(10)]  # type: ignore[arg-type]
     assert found == [(0, -1), (0, 0), (0, 1), (0, 2), (0, 3), (1, -1), (1, 0), (1, 1), (1, 2), (1, 3)]
     turns = config(tmp_path, **settings, phase_order="alternating")
-    found = [phase_of(i, 2, turns)[0] for i in range(1, 9)]  # type: ignore[arg-type]
-    assert found == [0, 0, 1, 1, 0, 0, 1, 1]
+    found = [phase_of(i, 2, turns) for i in range(8)]  # type: ignore[arg-type]
+    assert found == [(0, -2), (1, -1), (0, 0), (0, 1), (1, 2), (1, 3), (0, 4), (0, 5)]  # both are warmed up first
     made = phased(tmp_path, max_train_steps=10, fake_score_updates=2, fake_score_warmup_steps=1)
     both, alone = ["student", "fake_score"], ["fake_score"]
     assert [made.updates(i) for i in range(10)] == [alone, both, alone, both, alone] * 2
@@ -212,16 +215,11 @@ def test_cost_is_as_declared(order: str, tmp_path: Path):
 # one network, a LoRA for each phase
 
 
-class TwoNetworks(StableDiffusion):
+class TwoNetworks(Halves, StableDiffusion):
     """A Stable Diffusion whose levels are split between two copies of its network, as Wan 2.2's are."""
 
     def __init__(self, pipeline: Any):
         super().__init__(pipeline, {"high": pipeline.unet, "low": copy.deepcopy(pipeline.unet)})
-
-    def route(self, time: Tensor) -> dict[str, Tensor]:
-        high = self.noise.from_model_time(time) > 0.501
-        sides = {"high": high.nonzero()[:, 0], "low": (~high).nonzero()[:, 0]}
-        return {name: rows for name, rows in sides.items() if len(rows)}
 
 
 def test_loras_of_one_network_are_trained_as_two_networks_are(tmp_path: Path):
