@@ -32,6 +32,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "lcm-full": {"steps": [1, 2], "mixed_precision": "bf16"},
     "dmd2-lora": {"steps": [1, 2], "fake_score_updates": 2, "fake_score_learning_rate": 0.02, "preflight": True},
     "disback-full": {**PATH, "policy": "trajectory", "divergence": "huber_kl", "steps": [2]},
+    # the second phase begins in iteration 4
+    "phased_dmd-lora": {"steps": [2], "fake_score_updates": 2, "fake_score_warmup_steps": 1},
     "dmd-lora": {"num_pairs": 5, "pair_steps": 2, "regression_metric": "pseudo_huber", "regression_weight": 2.0},
 }
 

@@ -51,7 +51,6 @@ class Halves:
 
 
 class Experts(Halves, Teacher):
-
     def __init__(self, noise: NoiseProcess, mean: list[float], std: list[float], side: int = 1, knots: int = 4):
         super().__init__(noise, mean, std, side, knots)
         one = (len(mean), 1, 1)

@@ -57,7 +57,7 @@ def test_the_last_checkpoint_is_the_same_to_the_bit(runs: Path, name: str):
     straight, killed = ((runs / name / which / "run/checkpoints") for which in ("straight", "killed"))
     manifests = [json.loads((folder / "step-000008/manifest.json").read_text()) for folder in (straight, killed)]
     assert manifests[0] == manifests[1]
-    roles = {"student", "fake_score"} if name.startswith(("disback", "dmd")) else {"student"}
+    roles = {"student", "fake_score"} if name.startswith(("disback", "dmd", "phased_dmd")) else {"student"}
     target = {"target"} if name.startswith("disback") or name == "lcm-full" else set()
     files = roles | target | {f"optimizer-{role}" for role in roles} | {"average"}
     assert manifests[0].keys() == {"meta.json"} | {f"{file}.safetensors" for file in files}

@@ -109,6 +109,14 @@ CASES = {
     "wan-file-lora": case(tiny_wan, "lora", lcm, 4, file=True),
     "wan-full": case(tiny_wan, "full", renoising, 1, 2),
     "wan2-lora": case(tiny_wan, "lora", two_scales, 3, two_transformers=True),
+    "wan2-phases-lora": case(
+        tiny_wan,
+        "lora",
+        lambda _: plan_of_levels([1, 0.85, 0.69999, 0.34999]),
+        4,
+        two_transformers=True,
+        boundary_ratio=0.875,
+    ),  # the third level is the first below the boundary, at 0.7 before the shift by 3
     "wan2-full": case(tiny_wan, "full", uniform_plan, 4, two_transformers=True),
     "dit-lora": case(tiny_dit, "lora", lcm, 1, 4),
     "dit-full": case(tiny_dit, "full", lambda k: uniform_plan(k, 3.0), 1, 4, labels=False),
