@@ -163,18 +163,23 @@ def playground(
 def methods(debug: Debug = False) -> None:
     """List the methods of distillation: what each needs, trains and costs."""
     from fewstep.app import tables
-    from fewstep.distill.console import columns
+    from fewstep.distill.console import WIDTH, columns
 
-    print(columns(tables.methods()))
+    print(columns(tables.methods(), WIDTH))
+    print("\nnetworks in memory, as many as the teacher has: with full weights / a base + LoRAs on it")
 
 
 @app.command()
 def backbones(debug: Debug = False) -> None:
     """List the pipelines that can be teachers, and the students that each method makes of them."""
     from fewstep.app import tables
-    from fewstep.distill.console import columns
+    from fewstep.distill.console import WIDTH, blocks, columns, paragraph
 
-    print(columns(tables.backbones()), "", *tables.remarks(), sep="\n")
+    matrix, notes = tables.matrix()
+    print(columns(tables.backbones(), WIDTH), "", sep="\n")
+    for block in blocks(matrix, WIDTH):
+        print(columns(block), "", sep="\n")
+    print(*(paragraph(line, WIDTH) for line in tables.remarks(notes)), sep="\n")
 
 
 @app.command()

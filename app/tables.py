@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from fewstep.app.cite import BEHIND, PAPERS
 from fewstep.distill.config import METHODS, TrainConfig
+from fewstep.distill.distiller import Distiller, Role
 from fewstep.distill.methods import distiller, why_not
 from fewstep.distill.networks import Networks
+from fewstep.samplers.adapters import bare
 from fewstep.samplers.load import FAMILIES, family
 from fewstep.samplers.noise import Flow
 
@@ -21,32 +26,50 @@ class Outline:
     lora_targets = ()
     takes_guidance = False
     device = torch.device("cpu")
+    boundaries = (0.5,)
+    phase_ends = ()
 
     def __init__(self) -> None:
-        self.networks = {"high": torch.nn.Linear(1, 1), "low": torch.nn.Linear(1, 1)}
+        self.networks: dict[str, Any] = {"high": nn.Linear(1, 1), "low": nn.Linear(1, 1)}
         self.noise = Flow()
 
     def latent_shape(self, *_: Any) -> tuple[int, ...]:
         """Of one sample; nothing is made of it."""
         return (1,)
 
-    def sides(self, time: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Half the levels each."""
-        high = time >= 500
-        return {name: rows for name, rows in (("high", high.nonzero()), ("low", (~high).nonzero())) if len(rows)}
-
     def with_networks(self, networks: dict[str, Any]) -> Outline:
-        """The roles of an outline are its own."""
-        return self
+        """As of a denoiser."""
+        other = copy.copy(self)
+        other.networks = networks
+        return other
+
+
+class Outlines(Networks):
+    """Roles whose LoRAs are one number each: peft is not needed to count them."""
+
+    def _added(self, name: str) -> dict[str, nn.Parameter]:
+        return {f"{network}.lora": nn.Parameter(torch.zeros(1)) for network in self.base.networks}
+
+
+def outlined(config: TrainConfig) -> Any:
+    """The method of a config around an outline of a teacher."""
+    return distiller(config.method)(config, Outlines(Outline(), config.student))  # type: ignore[call-arg, arg-type]
 
 
 def methods() -> list[list[str]]:
-    """A row for each method: name, what it needs, what it trains, calls of an iteration at the defaults, papers."""
-    table = [["method", "needs", "trains", "forwards / backwards per iteration", "papers (arXiv)"]]
+    """A row for each method: name, family, networks in memory, needs, what it trains, calls of an iteration, papers.
+
+    At the defaults.
+    """
+    table = [
+        [
+            *("method", "family", "networks, full / LoRA", "needs", "trains"),
+            *("forwards / backwards per iteration", "papers (arXiv)"),
+        ]
+    ]
     for name in sorted(METHODS):
-        cls = distiller(name)
-        config = default(name)
-        method: Any = cls(config, Networks(Outline(), "full"))  # type: ignore[call-arg, arg-type]
+        cls, config = distiller(name), default(name)
+        method = outlined(config)
         trained = ", ".join(role for role, r in method.roles().items() if r.trained)
         costs = [
             f"{c['forward'] + c['backward']:g} / {c['backward']:g}"
@@ -54,41 +77,72 @@ def methods() -> list[list[str]]:
             for what, c in method.forwards().items()
         ]
         behind = ", ".join(PAPERS[key][0] for key in BEHIND[name])
-        table.append([name, ", ".join(sorted(cls.needs_of(config))), trained, "; ".join(costs), behind or "-"])
+        table.append(
+            [
+                *(name, family_of(cls), in_memory(name), ", ".join(sorted(cls.needs_of(config))), trained),
+                *("; ".join(costs), behind or "-"),
+            ]
+        )
     return table
+
+
+def family_of(cls: type[Distiller]) -> str:
+    """The loop that a method is a setting of, by the name of its file."""
+    loop = cls.mro()[cls.mro().index(Distiller) - 1]
+    return loop.__module__.rpartition(".")[2].replace("_", " ")
+
+
+def in_memory(method: str) -> str:
+    """Networks that training holds, in units of the teacher's: with full weights / a base + a LoRA for each further role."""
+
+    def roles(kind: str) -> list[Role]:
+        return list(outlined(default(method, kind)).roles().values())
+
+    def held(roles: list[Role]) -> int:
+        return len({id(bare(m)) for r in roles for m in r.denoiser.networks.values()}) // len(Outline().networks)
+
+    found = str(held(roles("full")))
+    if all(why_not(default(method, "lora"), family(name)) for name in FAMILIES):
+        return f"{found} / -"
+    loras = roles("lora")
+    return f"{found} / {held(loras)} + {sum(r.adapter is not None for r in loras)}"
 
 
 def backbones() -> list[list[str]]:
-    """A row for each pipeline class: networks, the students that are made of it, by which methods, and what it is."""
-    table = [["pipeline", "networks", "students", "methods", "what it is"]]
+    """A row for each pipeline class: its networks and what it is."""
+    table = [["pipeline", "networks", "what it is"]]
     for name in sorted(FAMILIES):
         cls = family(name)
         about = (importlib.import_module(cls.__module__).__doc__ or "").strip().splitlines()[0]
-        about = about.partition(": ")[2].rstrip(".") or about
-        students = "LoRA, full" if cls.takes_lora else "LoRA*, full"
-        refused = [{m for m in METHODS if why_not(default(m, kind), cls)} for kind in ("full", "lora")]
-        without, as_lora, as_full = (
-            sorted(m) for m in (refused[0] & refused[1], refused[0] - refused[1], refused[1] - refused[0])
-        )
-        methods = "all" + (f"; not {', '.join(without)}" if without else "")
-        methods += f"; {', '.join(as_lora)} as LoRA alone" if as_lora else ""
-        methods += f"; {', '.join(as_full)} with full weights alone" if as_full else ""
-        table.append([name, ", ".join(cls.network_names), students, methods, about])
+        table.append([name, ", ".join(cls.network_names), about.partition(": ")[2].rstrip(".") or about])
     return table
+
+
+def matrix() -> tuple[list[list[str]], list[str]]:
+    """A row for each pipeline class, a column for each method: the students that it makes; and the notes by number.
+
+    A number behind what runs, or behind a dash, is the note that says why the rest does not.
+    """
+    names, notes = sorted(METHODS), dict[str, int]()
+    table = [["", *names]]
+    for pipeline in sorted(FAMILIES):
+        cls = family(pipeline)
+        row = [pipeline.removesuffix("Pipeline") + ("" if cls.takes_lora else " *")]
+        for method in names:
+            reasons = {kind: why_not(default(method, kind.lower()), cls) for kind in ("LoRA", "full")}
+            runs = [kind for kind, reason in reasons.items() if reason is None]
+            why = {notes.setdefault(reason, len(notes) + 1) for reason in reasons.values() if reason}
+            row.append(" ".join([*(runs or ["-"]), *([",".join(map(str, sorted(why)))] if why else [])]))
+        table.append(row)
+    return table, list(notes)
+
+
+def remarks(notes: Sequence[str]) -> list[str]:
+    """Lines below the matrix: what its signs mean."""
+    starred = "*: the pipeline loads no LoRA, so that one is saved added into the weights, and by itself for peft"
+    return [starred, *(f"{number}: {note}" for number, note in enumerate(notes, 1))]
 
 
 def default(method: str, student: str = "full") -> TrainConfig:
     """A method's config with nothing chosen."""
     return METHODS[method].model_validate({"method": method, "teacher": "any", "student": student})
-
-
-def remarks() -> list[str]:
-    """What the signs in the table of backbones mean: a line for LoRA*, and one for each reason of a `not`."""
-    missing: dict[str, dict[str, None]] = {}
-    for name in sorted(FAMILIES):
-        for method in sorted(METHODS):
-            full, reason = (why_not(default(method, kind), family(name)) for kind in ("full", "lora"))
-            if full and reason:
-                missing.setdefault(reason, {})[method] = None
-    lines = ["LoRA*: the pipeline loads none, so that it is saved added into the weights, and by itself for peft"]
-    return lines + [f"not {', '.join(methods)}: {reason}" for reason, methods in missing.items()]

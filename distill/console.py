@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 EXPECTED = {
@@ -140,7 +142,37 @@ def dry(config: Any) -> str:
     )
 
 
-def columns(table: Sequence[Sequence[str]]) -> str:
-    """A table as aligned text."""
+WIDTH = 100
+"""Characters of a line of a table."""
+
+
+def columns(table: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """A table as aligned text; with a width its widest cells are folded between words until its lines fit."""
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table)
+    least = [max(len(word) for line in table for word in line[i].split() or [""]) for i in range(len(widths))]
+    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+        over = [w if w > m else 0 for w, m in zip(widths, least, strict=True)]
+        if not any(over):
+            break
+        widths[over.index(max(over))] -= 1
+    lines = []
+    for row in table:
+        folded = [textwrap.wrap(c, w) if c else [""] for c, w in zip(row, widths, strict=True)]
+        lines += zip_longest(*folded, fillvalue="")
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def blocks(table: Sequence[Sequence[str]], width: int) -> list[list[list[str]]]:
+    """A table as several that fit, side by side, each with the first column; lines are as long as `columns` makes them."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    taken: list[list[int]] = [[0]]
+    for i in range(1, len(widths)):
+        if sum(widths[j] + 2 for j in taken[-1]) + widths[i] > width and len(taken[-1]) > 1:
+            taken.append([0])
+        taken[-1].append(i)
+    return [[[line[i] for i in some] for line in table] for some in taken]
+
+
+def paragraph(line: str, width: int) -> str:
+    """A long line folded between words."""
+    return "\n".join(textwrap.wrap(line, width, subsequent_indent="   "))

@@ -30,7 +30,7 @@ from fewstep.samplers.plan import sample
 from tests.distill.exact import SHIFT, prompts_of
 from tests.distill.gaussian import PROCESSES, Network, Teacher, calls, method, under_training
 from tests.distill.runs import config
-from tests.pipelines import PROMPTS, tiny_stable_diffusion, tiny_wan
+from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
 MEAN, STD = [0.7, -0.4], [0.5, 1.3]
 
@@ -89,7 +89,7 @@ def test_what_has_no_phases_is_refused(tmp_path: Path):
         lora_phases(tmp_path, denoiser_of(tiny_stable_diffusion()), phases=3)
     with pytest.raises(UserError, match="phases: 2 do not divide 3 steps"):
         phased(tmp_path, steps=[3])
-    with pytest.raises(UserError, match="in the phase from 0.45 to 0.5, where a network of the teacher ends"):
+    with pytest.raises(UserError, match=r"in the phase from 0.45 to 0.5, where a network of the teacher ends"):
         phased(tmp_path, init_level=0.45)
     with pytest.raises(ConfigError, match="policy phases trains one step count"):
         config(tmp_path, method="phased_dmd", steps=[2, 4])

@@ -125,5 +125,5 @@ def test_networks_without_phases_are_refused(tmp_path: Path):
     """Two transformers of which the pipeline calls one; a boundary so near the top that no level is left above it."""
     with pytest.raises(UserError, match=r"nothing says where one of the teacher's networks ends \(boundary_ratio\)"):
         phased(tmp_path, tiny_wan(two_transformers=True, boundary_ratio=None))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="no level is left to compare scores in the phase from 1 to 0.97"):
+    with pytest.raises(UserError, match=r"no level is left to compare scores in the phase from 1 to 0.97"):
         phased(tmp_path, tiny_wan(two_transformers=True, boundary_ratio=0.99))
