@@ -166,7 +166,11 @@ def methods(debug: Debug = False) -> None:
     from fewstep.distill.console import WIDTH, columns
 
     print(columns(tables.methods(), WIDTH))
-    print("\nnetworks in memory, as many as the teacher has: with full weights / a base + LoRAs on it")
+    print(
+        "\nnetworks: held in memory, in units of the teacher's; as LoRA one base + the LoRAs on it"
+        "\nforwards / backwards: rows through a network over the batch, in an iteration where all step, or one"
+        "\nwithout the student"
+    )
 
 
 @app.command()

@@ -57,31 +57,26 @@ def outlined(config: TrainConfig) -> Any:
 
 
 def methods() -> list[list[str]]:
-    """A row for each method: name, family, networks in memory, needs, what it trains, calls of an iteration, papers.
-
-    At the defaults.
-    """
-    table = [
-        [
-            *("method", "family", "networks, full / LoRA", "needs", "trains"),
-            *("forwards / backwards per iteration", "papers (arXiv)"),
-        ]
+    """A row for each method at its defaults; calls of an iteration in which all roles step, and of one of the rest."""
+    head = [
+        "method",
+        "family",
+        "networks: full / LoRA",
+        "needs",
+        "trains",
+        "forwards / backwards",
+        "without the student",
     ]
+    table = [[*head, "papers (arXiv)"]]
     for name in sorted(METHODS):
         cls, config = distiller(name), default(name)
         method = outlined(config)
         trained = ", ".join(role for role, r in method.roles().items() if r.trained)
-        costs = [
-            f"{c['forward'] + c['backward']:g} / {c['backward']:g}"
-            + (f" ({what})" if len(method.forwards()) > 1 else "")
-            for what, c in method.forwards().items()
-        ]
+        costs = [f"{c['forward'] + c['backward']:g} / {c['backward']:g}" for c in method.forwards().values()]
         behind = ", ".join(PAPERS[key][0] for key in BEHIND[name])
+        needs = ", ".join(sorted(cls.needs_of(config)))
         table.append(
-            [
-                *(name, family_of(cls), in_memory(name), ", ".join(sorted(cls.needs_of(config))), trained),
-                *("; ".join(costs), behind or "-"),
-            ]
+            [name, family_of(cls), in_memory(name), needs, trained, costs[0], *(costs[1:] or ["-"]), behind or "-"]
         )
     return table
 

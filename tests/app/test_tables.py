@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fewstep.app.tables import backbones, methods, remarks
+from fewstep.app.tables import backbones, matrix, methods
 from fewstep.distill.config import METHODS
+from fewstep.distill.console import WIDTH, blocks, columns
 from fewstep.samplers.load import FAMILIES
 from tests.app.conftest import Answer
+
+COST, ALONE, NETWORKS = "forwards / backwards", "without the student", "networks: full / LoRA"
 
 
 def test_methods(fewstep: Callable[..., Answer]):
@@ -15,15 +18,34 @@ def test_methods(fewstep: Callable[..., Answer]):
     head, *rows = methods()
     table = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     assert table.keys() == METHODS.keys()
-    assert table["lcm"]["forwards / backwards per iteration"] == "4 / 1"
-    assert table["pretrain"]["forwards / backwards per iteration"] == "1 / 1"
-    assert table["tsm"]["needs"] == "images, student_config"
-    assert table["tsm"]["forwards / backwards per iteration"] == "2 / 1"
+    assert (table["lcm"][COST], table["lcm"][ALONE]) == ("4 / 1", "-")
+    assert table["pretrain"][COST] == "1 / 1"
+    assert (table["tsm"]["needs"], table["tsm"][COST]) == ("images, student_config", "2 / 1")
     assert (table["dmd2"]["needs"], table["dmd2"]["trains"]) == ("prompts", "student, fake_score")
     # SiD guided three times: teacher 2, fake score 2 and once more, 2 to train it, the student 1; half a step of rollout
-    assert table["sid"]["forwards / backwards per iteration"] == ("9 / 7 (student and fake_score); 3 / 2 (fake_score)")
+    assert (table["sid"][COST], table["sid"][ALONE]) == ("9 / 7", "3 / 2")
+    # two phases of two steps: 0.5 or 2.5 calls of rollout; the student 1, teacher 2, fake score 1 and once more to train it
+    assert (table["phased_dmd"][COST], table["phased_dmd"][ALONE]) == ("6.5 / 2", "3.5 / 1")
     assert "2405.14867" in table["dmd2"]["papers (arXiv)"]
-    assert all(name in fewstep("methods").out for name in METHODS)
+    found = fewstep("methods").out
+    assert all(name in found for name in METHODS)
+    assert max(map(len, found.splitlines())) <= WIDTH
+
+
+def test_families_and_networks_are_those_of_the_roles():
+    """Full: a network for each role; LoRA: one base, which is the teacher, and a LoRA for each of the others.
+
+    Teacher, student and fake score; of lcm the student's average with full weights, which a LoRA takes no network for;
+    of disback the target that walks back, too; a network of another size is no LoRA.
+    """
+    head, *rows = methods()
+    table = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    matching = {name for name, row in table.items() if row["family"] == "distribution matching"}
+    assert matching == set(METHODS) - {"lcm", "pretrain", "tsm"}
+    assert table["lcm"]["family"] == "consistency"
+    networks = {name: row[NETWORKS] for name, row in table.items()}
+    assert {networks.pop(name) for name in matching - {"disback"}} == {"3 / 1 + 2"}
+    assert networks == {"lcm": "3 / 1 + 1", "disback": "4 / 1 + 3", "pretrain": "1 / 1 + 1", "tsm": "2 / -"}
 
 
 def test_backbones(fewstep: Callable[..., Answer]):
@@ -32,18 +54,40 @@ def test_backbones(fewstep: Callable[..., Answer]):
     table = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     assert table.keys() == FAMILIES.keys()
     assert table["WanPipeline"]["networks"] == "transformer, transformer_2"
-    small = "tsm with full weights alone"
-    others = {name: row["methods"] for name, row in table.items()}
-    assert others.pop("WanPipeline") == f"all; {small}"
-    assert set(others.values()) == {f"all; not phased_dmd; {small}", f"all; phased_dmd as LoRA alone; {small}"}
-    assert others["StableDiffusionPipeline"] == f"all; phased_dmd as LoRA alone; {small}"
-    fused = {name for name, row in table.items() if row["students"] == "LoRA*, full"}
-    assert fused == {f"{n}Pipeline" for n in ("ConsistencyModel", "DDPM", "DiT", "PixArtAlpha", "PixArtSigma")}
+    (_, *names), *cells = (line for line in matrix()[0])
+    notes = matrix()[1]
+    assert names == sorted(METHODS)
+    assert [row[0].removesuffix(" *") + "Pipeline" for row in cells] == sorted(FAMILIES)
+    starred = {row[0].removesuffix(" *") for row in cells if row[0].endswith(" *")}
+    assert starred == {"ConsistencyModel", "DDPM", "DiT", "PixArtAlpha", "PixArtSigma"}
+
+    def number(part: str) -> int:
+        (found,) = (i for i, note in enumerate(notes, 1) if part in note)
+        return found
+
+    table = {row[0]: dict(zip(names, row[1:], strict=True)) for row in cells}
+    small = f"full {number('no LoRA')}"
+    assert table.pop("Wan") == dict.fromkeys(names, "LoRA full") | {"tsm": small}  # each of its networks a phase
+    for name, row in table.items():
+        phases = f"- {number('needs a network for each phase')}" if "*" in name else f"LoRA {number('phases of a')}"
+        assert row == dict.fromkeys(names, "LoRA full") | {"tsm": small, "phased_dmd": phases}
     printed = fewstep("backbones").out
     assert all(name in printed for name in FAMILIES)
-    assert all(line in printed for line in remarks())
-    assert not any("is no LoRA" in line for line in remarks())  # the table says which way it does
-    assert {name for name, row in others.items() if "not phased_dmd" in row} == fused
-    assert any(
-        line.startswith("not phased_dmd: needs a network for each phase, as Wan 2.2 has, or") for line in remarks()
-    )
+    assert all(f"{i}: {note}" in printed for i, note in enumerate(notes, 1))
+    assert max(map(len, printed.splitlines())) <= WIDTH
+
+
+def test_columns_fold_their_widest_cells():
+    """Between words, no further than the width asks; a word that is longer stands out."""
+    table = [["name", "what"], ["a", "one two three"], ["b", ""]]
+    assert columns(table, 19) == columns(table) == "name  what\na     one two three\nb"
+    assert columns(table, 13) == "name  what\na     one two\n      three\nb"
+    assert columns(table, 4) == "name  what\na     one\n      two\n      three\nb"
+
+
+def test_blocks_have_the_first_column_each():
+    """As many of the others as fit: 1 + 2 + 3 + 2 + 3 are 11."""
+    table = [["", "aaa", "bbb", "ccc"], ["r", "1", "2", "3"]]
+    found = blocks(table, 11)
+    assert found == [[["", "aaa", "bbb"], ["r", "1", "2"]], [["", "ccc"], ["r", "3"]]]
+    assert all(max(map(len, columns(block).splitlines())) <= 11 for block in found)
