@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
-from fewstep.app.tables import backbones, matrix, methods
+import pytest
+
+from fewstep.app.tables import backbones, default, matrix, methods, outlined
 from fewstep.distill.config import METHODS
 from fewstep.distill.console import WIDTH, blocks, columns
 from fewstep.samplers.load import FAMILIES
@@ -30,6 +34,19 @@ def test_methods(fewstep: Callable[..., Answer]):
     found = fewstep("methods").out
     assert all(name in found for name in METHODS)
     assert max(map(len, found.splitlines())) <= WIDTH
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_the_page_of_a_method_says_what_it_costs(name: str, root: Path):
+    """The first line under Cost, at the defaults; that the methods make these calls is counted in tests/distill."""
+    page = (root / "docs/methods" / f"{name}.md").read_text()
+    pair = r"([\d.]+) / ([\d.]+)"
+    line = rf"^## Cost\n\nAt the defaults {pair} forwards / backwards a row(?:, without the student {pair})?\.$"
+    found = re.findall(line, page, re.MULTILINE)
+    assert len(found) == 1, line
+    said = [float(v) for v in found[0] if v]
+    costs = outlined(default(name)).forwards().values()
+    assert said == [v for c in costs for v in (c["forward"] + c["backward"], c["backward"])]
 
 
 def test_families_and_networks_are_those_of_the_roles():

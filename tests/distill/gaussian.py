@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ def laws(method: Distiller, steps: int, prompt: str) -> list[tuple[Tensor, Tenso
 class Call:
     """One call of a network: whose weights, how many rows, with a graph or not, and the noisy sample and model time.
 
-    `stopped`: it ended at the deepest block that was asked for.
+    `stopped`: it ended at the deepest block that was asked for. `backward`: an entry for each time that a gradient came
+    back through the network to its sample.
     """
 
     role: str
@@ -144,26 +145,53 @@ class Call:
     x_t: Tensor
     time: Tensor
     stopped: bool = False
+    backward: list[None] = field(default_factory=list)
+
+
+def rows_by_backward(seen: list[Call], batch: int) -> dict[bool, float]:
+    """Rows through networks over the batch: False: of calls that no gradient came back through, True: else, each time."""
+    return {
+        False: sum(c.rows for c in seen if not c.backward) / batch,
+        True: sum(c.rows * len(c.backward) for c in seen) / batch,
+    }
 
 
 @contextmanager
 def calls(method: Distiller) -> Iterator[list[Call]]:
-    """Every call of the roles' networks within the block, in order, seen by hooks on the modules themselves."""
-    owners = {id(bare(n)): name for name, role in method.roles().items() for n in role.denoiser.networks.values()}
-    modules = {id(m): m for r in method.roles().values() for n in r.denoiser.networks.values() for m in (bare(n),)}
+    """Every call of the roles' networks within the block, in order, seen by hooks on the modules themselves.
+
+    The sample of a call with a graph is handed on as a tensor of its own, whose hook sees the gradient.
+    """
+    roles = method.roles()
+    owners = {id(bare(n)): name for name, role in roles.items() for n in role.denoiser.networks.values()}
+    modules = {id(m): m for r in roles.values() for n in r.denoiser.networks.values() for m in (bare(n),)}
     seen: list[Call] = []
+    watched: list[None] = []
+
+    def role_of(module: nn.Module) -> str:
+        # of LoRA roles the active adapter says which one it is; of phases there is one for each
+        active = getattr(module, "_fewstep_active", None)
+        return (active or "teacher").partition("_phase_")[0] if hasattr(module, "peft_config") else owners[id(module)]
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        nonlocal watched
+        watched = reached = []
+        x_t = args[0] if args else next(iter(kwargs.values()))
+        trained = any(p.requires_grad for p in roles[role_of(module)].parameters.values())
+        if not torch.is_grad_enabled() or not (x_t.requires_grad or trained):
+            return args, kwargs
+        x_t = x_t.view_as(x_t) if x_t.requires_grad else x_t.detach().clone().requires_grad_()
+        x_t.register_hook(lambda _: reached.append(None))
+        return ((x_t, *args[1:]), kwargs) if args else (args, kwargs | {next(iter(kwargs)): x_t})
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # of LoRA roles the active adapter says which one it is
-        active = getattr(module, "_fewstep_active", None)
-        role = (active or "teacher") if hasattr(module, "peft_config") else owners[id(module)]
         output = output[0] if isinstance(output, tuple) else output
         x_t, time = (*args, *kwargs.values())[:2]
-        trained = any(p.requires_grad for p in method.roles()[role].parameters.values())
-        graph = torch.is_grad_enabled() and (x_t.requires_grad or trained) if output is None else output.requires_grad
-        seen.append(Call(role, len(x_t), graph, x_t.detach(), time.detach(), output is None))
+        graph = torch.is_grad_enabled() and x_t.requires_grad if output is None else output.requires_grad
+        seen.append(Call(role_of(module), len(x_t), graph, x_t.detach(), time.detach(), output is None, watched))
 
-    handles = [m.register_forward_hook(note, with_kwargs=True, always_call=True) for m in modules.values()]
+    handles = [m.register_forward_pre_hook(watch, with_kwargs=True) for m in modules.values()]
+    handles += [m.register_forward_hook(note, with_kwargs=True, always_call=True) for m in modules.values()]
     try:
         yield seen
     finally:

@@ -18,7 +18,7 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.plan import generators, sample
 from fewstep.samplers.rules import randn
 from tests.closed_form import vp
-from tests.distill.gaussian import PROCESSES, Teacher, calls, lora, method, under_training
+from tests.distill.gaussian import PROCESSES, Teacher, calls, lora, method, rows_by_backward, under_training
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
 MEAN, STD = [0.7, -0.4], [0.5, 1.3]
@@ -229,7 +229,7 @@ def test_cost_is_as_declared(changes: dict[str, float], forward: float, tmp_path
     trainer = under_training(tmp_path, made, teacher, [SHIFT] * 4)
     with calls(made) as seen:
         trainer.step(0)
-    rows = {graph: sum(c.rows for c in seen if c.graph is graph) / 4 for graph in (False, True)}
+    rows = rows_by_backward(seen, 4)
     assert made.forwards() == {"student": {"forward": rows[False], "backward": rows[True]}}
     assert rows == {False: forward, True: 1}
 

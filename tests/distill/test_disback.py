@@ -16,7 +16,17 @@ from fewstep.distill.networks import require_grad
 from fewstep.distill.random import Rngs
 from fewstep.samplers.denoisers.base import Denoiser
 from tests.distill.exact import SHIFT, Laws, exact, levels, moments, prompts_of
-from tests.distill.gaussian import PROCESSES, Teacher, affine, calls, laws, lora, method, under_training
+from tests.distill.gaussian import (
+    PROCESSES,
+    Teacher,
+    affine,
+    calls,
+    laws,
+    lora,
+    method,
+    rows_by_backward,
+    under_training,
+)
 from tests.distill.runs import config
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
@@ -246,7 +256,7 @@ def test_cost_is_as_declared(kind: str, tmp_path: Path):
         with calls(made) as seen:
             trainer.step(i)
         declared = made.forwards()[" and ".join(made.updates(i))]
-        rows = {graph: sum(c.rows for c in seen if c.graph is graph) / 2 for graph in (False, True)}
+        rows = rows_by_backward(seen, 2)
         assert (rows[False], rows[True]) == (declared["forward"], declared["backward"])
         assert {c.role for c in seen} == {"student", "fake_score"} | ({asked[i]} if i in asked else set())
 

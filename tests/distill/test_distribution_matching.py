@@ -18,7 +18,7 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
 from tests.closed_form import vp
-from tests.distill.gaussian import PROCESSES, Teacher, calls, laws, lora, method, under_training
+from tests.distill.gaussian import PROCESSES, Teacher, calls, laws, lora, method, rows_by_backward, under_training
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
 MEAN, STD = [0.7, -0.4], [0.5, 1.3]
@@ -221,7 +221,7 @@ def test_cost_is_as_declared(scale: float, kind: str, tmp_path: Path):
     for i in range(60):  # the seed is fixed: every stop comes up in each kind of iteration
         with calls(made) as seen:
             trainer.step(i)
-        rows = {graph: sum(c.rows for c in seen if c.graph is graph) / 2 for graph in (False, True)}
+        rows = rows_by_backward(seen, 2)
         stop = sum(c.role == "student" for c in seen)
         costs[" and ".join(made.updates(i))][stop] = rows[False], rows[True]
         if all(by_stop.keys() == {1, 2, 3} for by_stop in costs.values()):

@@ -15,7 +15,7 @@ from fewstep.distill.networks import require_grad
 from fewstep.distill.presets import PRESETS
 from fewstep.distill.random import Rngs
 from tests.distill.exact import SHIFT, Laws, exact, on_the_sample, prompts_of, rows
-from tests.distill.gaussian import PROCESSES, Teacher, calls, laws, lora, method, under_training
+from tests.distill.gaussian import PROCESSES, Teacher, calls, laws, lora, method, rows_by_backward, under_training
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
 ONE = {"guidance_scale": 2.0, "prompt_dropout": 0.0}  # guidances of the fake score stay the preset's
@@ -91,7 +91,7 @@ def test_cost_is_as_declared(changes: dict[str, Any], tmp_path: Path):
         with calls(made) as seen:
             trainer.step(i)
         rolled = sum(c.role == "student" for c in seen) - 1
-        rows = {graph: sum(c.rows for c in seen if c.graph is graph) / 2 for graph in (False, True)}
+        rows = rows_by_backward(seen, 2)
         declared = made.forwards()[" and ".join(made.updates(i))]
         assert rows[True] == declared["backward"]
         assert rows[False] - rolled == pytest.approx(declared["forward"] - rollout)

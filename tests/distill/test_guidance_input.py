@@ -13,7 +13,7 @@ from fewstep.distill.methods.consistency import Draws
 from fewstep.distill.random import Rngs
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
-from tests.distill.gaussian import PROCESSES, Teacher, calls, method, under_training
+from tests.distill.gaussian import PROCESSES, Teacher, calls, method, rows_by_backward, under_training
 from tests.distill.test_consistency import batch_of, jumping, lcm, loss
 from tests.distill.test_distribution_matching import LEVELS, direction, dmd2, prompts_of
 
@@ -81,7 +81,7 @@ def test_the_teacher_is_one_call(build: Callable[..., Any], tmp_path: Path):
     trainer = under_training(tmp_path, made, teacher, [SHIFT] * 2)
     with calls(made) as seen:
         trainer.step(0)
-    rows = {graph: sum(c.rows for c in seen if c.graph is graph) / 2 for graph in (False, True)}
+    rows = rows_by_backward(seen, 2)
     (declared, *_) = made.forwards().values()
     assert (
         declared == {"forward": rows[False], "backward": rows[True]} == {"forward": 2, "backward": len(made.updates(0))}

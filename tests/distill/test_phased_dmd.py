@@ -28,7 +28,7 @@ from fewstep.samplers.load import denoiser_of, load, load_student
 from fewstep.samplers.noise import Discrete, NoiseProcess
 from fewstep.samplers.plan import sample
 from tests.distill.exact import SHIFT, prompts_of
-from tests.distill.gaussian import PROCESSES, Network, Teacher, calls, method, under_training
+from tests.distill.gaussian import PROCESSES, Network, Teacher, calls, method, rows_by_backward, under_training
 from tests.distill.runs import config
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
@@ -205,7 +205,7 @@ def test_cost_is_as_declared(order: str, tmp_path: Path):
         assert student[:-1] == [False] * (len(student) - 1)
         assert student[-1] is ("student" in made.updates(i))
         assert len(student) - 1 in made.phases[number]
-        rows = {graph: sum(c.rows for c in seen if c.graph is graph) / 2 for graph in (False, True)}
+        rows = rows_by_backward(seen, 2)
         declared = made.forwards()[" and ".join(made.updates(i))]
         assert rows[True] == declared["backward"]
         assert rows[False] - (len(student) - 1) == declared["forward"] - 1.5

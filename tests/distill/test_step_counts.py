@@ -19,7 +19,17 @@ from fewstep.samplers.load import denoiser_of
 from fewstep.samplers.noise import NoiseProcess
 from tests.closed_form import posterior
 from tests.distill.exact import prompts_of
-from tests.distill.gaussian import PROCESSES, Network, Teacher, affine, calls, lora, method, under_training
+from tests.distill.gaussian import (
+    PROCESSES,
+    Network,
+    Teacher,
+    affine,
+    calls,
+    lora,
+    method,
+    rows_by_backward,
+    under_training,
+)
 from tests.distill.runs import config
 from tests.pipelines import PROMPTS, tiny_stable_diffusion, tiny_stable_diffusion_3
 
@@ -52,8 +62,8 @@ def test_the_cost_is_the_mean_over_the_counts(tmp_path: Path):
     for i in range(40):
         with calls(made) as seen:
             trainer.step(i)
-        free = sum(c.rows for c in seen if not c.graph) / 2
-        rows.setdefault(free, sum(c.rows for c in seen if c.graph) / 2)
+        by_backward = rows_by_backward(seen, 2)
+        rows.setdefault(by_backward[False], by_backward[True])
     assert set(rows) == {1 + 2 + 1, 4 + 2 + 1}
     assert set(rows.values()) == {2}
     assert made.forwards()["student and fake_score"] == {"forward": 2.5 + 2 + 1, "backward": 2}
