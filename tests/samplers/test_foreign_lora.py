@@ -1,7 +1,8 @@
-"""`PIPELINE+LORA`: students that others published, in diffusers' and in kohya's format, with their own scheduler and steps."""
+"""`PIPELINE+LORA`: students that others published, in the keys of each, with their own scheduler and steps."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,25 @@ from fewstep.distill.evaluation import Teacher
 from fewstep.samplers.baseline import stock_images
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import class_of, load, load_pipeline, parts
-from tests.pipelines import tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_3
+from tests.pipelines import tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
+from tests.pipelines_large import tiny_flux, tiny_stable_diffusion_xl
+from tests.samplers import lora_files as files_of
+from tests.samplers.lora_files import ALPHA, RANK, UNET, Layers, layers, product
 
 PROMPTS, SEEDS = ["a dog", "a cat"], [3, 5]
+ATTENTION = "to_q|to_k|to_v|to_out.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"
+FORMS = {
+    "sdxl": ("kohya", "stability", "peft", "processors"),
+    "sd3": ("peft",),
+    "flux": ("peft", "kohya", "xlabs"),
+    "wan": ("wan",),
+}
+BUILDERS: dict[str, Callable[..., Any]] = {
+    "sdxl": tiny_stable_diffusion_xl,
+    "sd3": tiny_stable_diffusion_3,
+    "flux": tiny_flux,
+    "wan": tiny_wan,
+}
 
 
 def call(unet: Any) -> Tensor:
@@ -129,3 +146,75 @@ def test_what_is_refused(base: Path, files: dict[str, Path], tmp_path: Path):
     with pytest.raises(UserError, match=r"^scheduler lcm: cannot run on the levels of a flow"):
         Teacher(str(flow)).sampler(4, scheduler="lcm")
     assert stock_images(load_pipeline(base), PROMPTS, SEEDS, 2).shape[0] == 2
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Pipelines of the families of published students, in folders and in memory."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {name: (folder / name, build(folder / name)) for name, build in BUILDERS.items()}
+
+
+def sdxl(pipeline: Any, form: str) -> tuple[dict[str, Layers], dict[str, Tensor], float]:
+    """LCM-LoRA, Hyper-SD: kohya. DMD2, TCD, Lightning: as one of these. With text encoders: of kohya's own trainer."""
+    unet = layers(pipeline.unet, UNET)
+    if form == "peft":
+        return {"unet": unet}, files_of.peft(unet, "unet"), 1.0
+    if form == "processors":
+        return {"unet": unet}, files_of.processors(unet, "unet"), 1.0
+    name = files_of.stability(pipeline.unet) if form == "stability" else str
+    taken, state = {"unet": unet}, files_of.kohya(unet, "lora_unet", name)
+    if form == "stability":
+        for part, prefix in (("text_encoder", "lora_te1"), ("text_encoder_2", "lora_te2")):
+            taken[part] = files_of.clip(getattr(pipeline, part))
+            state |= files_of.kohya(taken[part], prefix)
+    return taken, state, ALPHA / RANK
+
+
+def transformer(pipeline: Any, form: str) -> tuple[dict[str, Layers], dict[str, Tensor], float]:
+    """Hyper-SD of SD 3 and FLUX: diffusers' keys. Others of FLUX: kohya's and XLabs'. Of Wan: its authors' names."""
+    single = r"|single_transformer_blocks\.\d+\.proj_out"
+    ends = {
+        "peft": rf"{ATTENTION}|ff.net.0.proj|ff.net.2|norm1.linear|norm.linear|proj_mlp{single}",
+        "kohya": rf"transformer_blocks\.\d+\.attn\.({ATTENTION})|norm1.linear|norm1_context.linear"
+        rf"|ff.net.0.proj|ff.net.2|ff_context.net.0.proj|ff_context.net.2|norm.linear{single}",
+        "xlabs": rf"{ATTENTION}{single}",
+        "wan": r"to_q|to_k|to_v|to_out.0|ffn.net.0.proj|ffn.net.2",
+    }[form]
+    found = layers(pipeline.transformer, ends)
+    make = {"kohya": files_of.flux_kohya, "xlabs": files_of.flux_xlabs, "wan": files_of.wan}
+    state = make[form](found) if form in make else files_of.peft(found, "transformer")
+    return {"transformer": found}, state, ALPHA / RANK if form in ("kohya", "wan") else 1.0
+
+
+@pytest.mark.parametrize(("name", "form"), [(n, f) for n, forms in FORMS.items() for f in forms])
+def test_published_keys(name: str, form: str, bases: dict[str, tuple[Path, Any]], tmp_path: Path):
+    """Each layer gains up @ down * alpha / rank, no other changes; samples are those of diffusers' own loader."""
+    folder, base = bases[name]
+    taken, state, scale = (sdxl if name == "sdxl" else transformer)(base, form)
+    save_file({k: v.contiguous().clone() for k, v in state.items()}, tmp_path / "published.safetensors")
+    ours = load(f"{folder}+{tmp_path / 'published.safetensors'}").pipeline
+    for part, module in base.components.items():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        gains = {
+            k if k in dict(module.named_modules()) else k.removeprefix("text_model."): v
+            for k, v in taken.get(part, {}).items()
+        }
+        loaded = getattr(ours, part).state_dict()
+        for key, value in module.state_dict().items():
+            pair = gains.pop(key.removesuffix(".weight"), None)
+            want = value if pair is None else value + scale * product(*pair)
+            torch.testing.assert_close(loaded[key], want, atol=1e-5, rtol=0, msg=lambda m, k=key: f"{k}: {m}")
+        assert not gains
+
+    theirs = type(base).from_pretrained(folder)
+    theirs.load_lora_weights(tmp_path, weight_name="published.safetensors")
+    size = {"height": 16, "width": 16} | ({"height": 64, "width": 64, "num_frames": 5} if name == "wan" else {})
+    drawn = []
+    for pipeline in (ours, theirs, base):
+        pipeline.set_progress_bar_config(disable=True)
+        noise = torch.Generator().manual_seed(0)
+        drawn.append(pipeline("a cat", num_inference_steps=2, generator=noise, output_type="latent", **size)[0])
+    torch.testing.assert_close(drawn[0], drawn[1], atol=1e-4, rtol=1e-4)
+    assert (drawn[0] - drawn[2]).norm() > 0.01 * drawn[2].norm()
