@@ -1,4 +1,4 @@
-"""Tiny pipelines as single files: the keys and shapes in which Stability, Runway and Wan published their checkpoints."""
+"""Tiny pipelines as single files: the keys and shapes in which Stability, Runway, NVIDIA and Wan published checkpoints."""
 
 from __future__ import annotations
 
@@ -34,6 +34,40 @@ WAN = {
     **{"to_out.0": "o", "to_q": "q", "to_k": "k", "to_v": "v", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"},
     **{"norm2": "norm3", "norm3": "norm2", "proj_out": "head.head"},
 }
+SD3_ENDS = {
+    **{"pos_embed.pos_embed": "pos_embed", "pos_embed.proj": "x_embedder.proj", "proj_out": "final_layer.linear"},
+    **{
+        "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+    },
+    **{"time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2"},
+    **{"time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0"},
+    **{"time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2"},
+}
+SD3_TEXT = {
+    **{"attn.add_q_proj": "attn.qkv", "attn.to_add_out": "attn.proj", "ff_context.net.0.proj": "mlp.fc1"},
+    **{"norm1_context.linear": "adaLN_modulation.1", "ff_context.net.2": "mlp.fc2"},
+    **{"attn.norm_added_q": "attn.ln_q", "attn.norm_added_k": "attn.ln_k"},
+}
+SD3_IMAGE = {
+    **{"to_q": "qkv", "to_out.0": "proj", "norm_q": "ln_q", "norm_k": "ln_k", "norm1.linear": "adaLN_modulation.1"},
+    **{"ff.net.0.proj": "mlp.fc1", "ff.net.2": "mlp.fc2"},
+}
+SANA = {
+    **{"patch_embed.proj": "x_embedder.proj", "time_embed.linear": "t_block.1", "caption_norm": "attention_y_norm"},
+    **{"time_embed.emb.timestep_embedder.linear_1": "t_embedder.mlp.0", "transformer_blocks": "blocks"},
+    **{"time_embed.emb.timestep_embedder.linear_2": "t_embedder.mlp.2", "proj_out": "final_layer.linear"},
+    **{"caption_projection.linear_1": "y_embedder.y_proj.fc1", "caption_projection.linear_2": "y_embedder.y_proj.fc2"},
+    **{"attn1.to_q": "attn.qkv", "attn1.to_out.0": "attn.proj", "attn2.to_q": "cross_attn.q_linear"},
+    **{"attn2.to_k": "cross_attn.kv_linear", "attn2.to_out.0": "cross_attn.proj"},
+    **{"ff.conv_inverted": "mlp.inverted_conv.conv", "ff.conv_depth": "mlp.depth_conv.conv"},
+    **{"ff.conv_point": "mlp.point_conv.conv"},
+}
+HELD = {
+    **{"WanPipeline": ("transformer",), "SanaPipeline": ("transformer",)},
+    "StableDiffusion3Pipeline": ("transformer", "vae", "text_encoder_3"),
+}
+"""Components that a file has, where these are not all."""
 
 
 def replaced(key: str, names: dict[str, str]) -> str:
@@ -116,11 +150,62 @@ def wan_key(key: str) -> str:
     return replaced(key, WAN)
 
 
+def joined(state: dict[str, Tensor], joints: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """With projections that their authors have in one matrix under the first's name, and the others left out."""
+    found = dict(state)
+    for key in state:
+        for first, rest in joints.items():
+            if f".{first}." in key:
+                parts = [found.pop(key.replace(f".{first}.", f".{name}.")) for name in rest]
+                found[key] = torch.cat([found[key], *parts])
+    return found
+
+
+def swapped(weight: Tensor) -> Tensor:
+    """Scale and shift, which diffusers has the other way round."""
+    return torch.cat(weight.chunk(2)[::-1])
+
+
+def sd3_file(transformer: Any) -> dict[str, Tensor]:
+    joints = {"attn.to_q": ("attn.to_k", "attn.to_v"), "attn2.to_q": ("attn2.to_k", "attn2.to_v")}
+    joints["attn.add_q_proj"] = ("attn.add_k_proj", "attn.add_v_proj")
+    last, found = transformer.config.num_layers - 1, {}
+    for key, v in joined(transformer.state_dict(), joints).items():
+        if key.startswith(("norm_out", f"transformer_blocks.{last}.norm1_context")):
+            v = swapped(v)
+        block = re.match(r"transformer_blocks\.(\d+)\.(.*)", key)
+        if block is None:
+            key = replaced(key, SD3_ENDS)
+        elif re.search(r"context|add", key):
+            key = f"joint_blocks.{block[1]}.context_block.{replaced(block[2], SD3_TEXT)}"
+        else:
+            key = f"joint_blocks.{block[1]}.x_block.{replaced(block[2], SD3_IMAGE)}"
+        found[f"model.diffusion_model.{key}"] = v
+    return found
+
+
+def sana_file(transformer: Any) -> dict[str, Tensor]:
+    """With the table of positions and the null caption, which diffusers leaves out."""
+    state = joined(
+        transformer.state_dict(), {"attn1.to_q": ("attn1.to_k", "attn1.to_v"), "attn2.to_k": ("attn2.to_v",)}
+    )
+    found = {replaced(k, SANA): v for k, v in state.items()}
+    found["final_layer.scale_shift_table"] = found.pop("scale_shift_table")
+    return found | {"pos_embed": torch.zeros(1, 64, 16), "y_embedder.y_embedding": torch.zeros(300, 16)}
+
+
 def original(pipeline: Any) -> dict[str, Tensor]:
-    """What the authors of a family put into one file: of Wan the transformer alone."""
+    """What the authors of a family put into one file: of Wan and Sana the transformer alone, of SD 3 no CLIP here."""
     kind = type(pipeline).__name__
     if kind == "WanPipeline":
         return {wan_key(k): v for k, v in pipeline.transformer.state_dict().items()}
+    if kind == "SanaPipeline":
+        return sana_file(pipeline.transformer)
+    if kind == "StableDiffusion3Pipeline":
+        t5 = {
+            f"text_encoders.t5xxl.transformer.{k}": v.clone() for k, v in pipeline.text_encoder_3.state_dict().items()
+        }
+        return sd3_file(pipeline.transformer) | vae_file(pipeline.vae) | t5
     state = unet_file(pipeline.unet) | vae_file(pipeline.vae)
     if kind == "StableDiffusionXLPipeline":
         first = clip_file(pipeline.text_encoder, "conditioner.embedders.0")
@@ -136,9 +221,7 @@ def publish(pipeline: Any, folder: Path, dtype: torch.dtype = torch.float32) -> 
     file, config = folder / "published+model.safetensors", folder / "config"
     pipeline.save_pretrained(config, safe_serialization=True)
     save_file({k: v.to(dtype).contiguous() for k, v in original(pipeline).items()}, file)
-    for part in (
-        ("transformer",) if hasattr(pipeline, "transformer") else ("unet", "vae", "text_encoder", "text_encoder_2")
-    ):
+    for part in HELD.get(type(pipeline).__name__, ("unet", "vae", "text_encoder", "text_encoder_2")):
         for weights in (config / part).glob("*.safetensors"):
             weights.unlink()
     return f"{file}@{config}"

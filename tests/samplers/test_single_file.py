@@ -18,8 +18,8 @@ from fewstep.samplers.manifest import fingerprint, same_weights
 from fewstep.samplers.plan import sample, uniform_plan
 from fewstep.samplers.single_file import split
 from fewstep.samplers.skeleton import skeleton
-from tests.pipelines import PROMPTS, tiny_stable_diffusion, tiny_wan
-from tests.pipelines_large import tiny_stable_diffusion_xl
+from tests.pipelines import PROMPTS, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
+from tests.pipelines_large import tiny_sana, tiny_stable_diffusion_xl
 from tests.samplers.original import publish
 from tests.samplers.students import Saved, latents, saved
 from tests.samplers.test_load import complaint
@@ -28,6 +28,8 @@ BUILDERS: dict[str, Callable[..., Any]] = {
     "sd15": tiny_stable_diffusion,
     "sd21": partial(tiny_stable_diffusion, prediction_type="v_prediction"),
     "sdxl": partial(tiny_stable_diffusion_xl, width=24),  # the encoders are told apart by their widths
+    "sd3": tiny_stable_diffusion_3,
+    "sana": tiny_sana,
     "wan": tiny_wan,
 }
 
@@ -57,7 +59,7 @@ def test_a_single_file_is_the_pipeline_that_was_saved(name: str, made: dict[str,
     assert fingerprint(disk) == fingerprint(memory)
     ours, theirs = ({k: v for k, v in d.pipeline.scheduler.config.items() if k[0] != "_"} for d in (disk, memory))
     assert ours == theirs
-    shape = memory.latent_shape(64, 64, 5) if name == "wan" else memory.latent_shape()
+    shape = memory.latent_shape(*{"wan": (64, 64, 5), "sana": (64, 64)}.get(name, ()))
     ours, theirs = (sample(d, d.encode(PROMPTS), uniform_plan(2, 3.0), [0, 1], shape) for d in (disk, memory))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     bare = skeleton(source)
