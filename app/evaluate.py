@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.app import page
 from fewstep.app.drawing import draw
 from fewstep.app.processes import Processes
-from fewstep.app.rows import Row, folder_row, is_images, real_row
+from fewstep.app.rows import Row, folder_row, grid, is_images, real_row
 from fewstep.app.store import check_out, read_batches
 from fewstep.distill import picture
 from fewstep.distill.evaluation import (
@@ -24,6 +24,7 @@ from fewstep.distill.evaluation import (
     default_metrics,
     device,
     reference_pictures,
+    revisions,
     same_size,
     student_folder,
     student_sampler,
@@ -34,9 +35,9 @@ from fewstep.distill.judges import Judges, refusals
 from fewstep.distill.metric_names import DRAWINGS, METRICS, Weights, check, fewest, usable
 from fewstep.distill.prompt_sets import prompt_set
 from fewstep.distill.references import CACHE, read_reference
-from fewstep.distill.report import COLUMNS, finite, write_json
+from fewstep.distill.report import finite, write_json
 from fewstep.distill.seen import Seen, figures, see, see_prompt
-from fewstep.distill.table import label, labels, show
+from fewstep.distill.table import label, show
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import class_of, family, load_student, parts
 from fewstep.samplers.manifest import read_manifest
@@ -66,6 +67,8 @@ class Request:
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
+    revision: str | None = None
+    variant: str | None = None
 
 
 def evaluate(request: Request) -> None:
@@ -88,15 +91,6 @@ def evaluate(request: Request) -> None:
         print(f"picture  {out.with_suffix('.png')}\nimages   {evaluation.root}")
 
 
-def grid(rows: Sequence[Row]) -> tuple[list[tuple[str, str, Tensor]], list[str]]:
-    """Rows and heads of the picture: the first images of each row, which share prompts and noise."""
-    lines = []
-    for row, said in zip(rows, labels([row.row for row in rows]), strict=True):
-        guided = f"\nguidance {row.row['guidance']:g}" if row.row["role"] == "teacher" else ""
-        lines.append((said, f"{row.row['scheduler']}{guided}", row.images(range(min(COLUMNS, len(row.files))))))
-    return lines, list(rows[0].prompts or [])[:COLUMNS]
-
-
 class Evaluation:
     """One evaluation: what its rows share."""
 
@@ -111,9 +105,10 @@ class Evaluation:
         self.prompts = prompt_set(request.prompts, request.num, request.seed, request.variants)
         self.names = list(request.metrics or default_metrics(self.prompts))
         self.sampled = [s for s in request.sources if s not in self.folders]
+        self.revisions = revisions(request.sources, request.revision)
         for source in self.sampled:
             if source not in self.students:
-                family(class_of(source))  # refuses what is no pipeline before anything is drawn
+                family(class_of(source, self.revisions[source]))  # refuses what is no pipeline before anything is drawn
         own, counts = request.timesteps, request.steps
         if own is not None and any(k != len(own) for k in counts):
             raise UserError(f"--timesteps: {len(own)} of them for --steps {','.join(map(str, counts))}")
@@ -192,13 +187,17 @@ class Evaluation:
             return
         counts = sorted(set(self.request.steps), reverse=True)
         if source in self.students:
-            student, manifest = load_student(source, fuse=True)
+            files = {"variant": self.request.variant, "revision": self.revisions[source]}
+            student, manifest = load_student(source, fuse=True, **files)
             for k in counts:
                 yield self._draw(student_sampler(student, manifest, source, k), manifest.plan(k).model_dump_json())
         else:
-            teacher = Teacher(source, **self.size)
+            teacher = self._teacher(source, source)
             for k in counts:
                 yield self._draw(teacher.sampler(k, **self._how(source)))
+
+    def _teacher(self, source: str, pipeline: str) -> Teacher:
+        return Teacher(pipeline, self.revisions[source], self.request.variant, **self.size)
 
     def _how(self, source: str | None) -> dict[str, Any]:
         """Of a pipeline, None: of the teacher to compare with. As asked, but where some have a LoRA, of those alone."""
@@ -213,8 +212,9 @@ class Evaluation:
         """The teacher that others are compared with: the first pipeline without its LoRA, or the first student's base."""
         for source in self.sampled:
             if source not in self.students:
-                return Teacher(parts(source)[0], **self.size)
-        return teacher_of(self.students[self.sampled[0]])
+                return self._teacher(source, parts(source)[0])
+        first = self.sampled[0]
+        return teacher_of(self.students[first], "", self.revisions[first], self.request.variant)
 
     @property
     def root(self) -> Path:
@@ -223,6 +223,7 @@ class Evaluation:
 
     def _draw(self, sampler: Sampler, plan: str = "") -> Row:
         r = self.request
+        plan += "".join(f" {v}" for v in (r.revision, r.variant) if v is not None)
         return draw(sampler, plan, self.prompts, self.root, r.batch_size, r.cost_batches, self.processes, self._accept)
 
     def _accept(self, image: Tensor) -> None:
@@ -294,6 +295,7 @@ class Evaluation:
             report["reference_seeds"] = {"reference": REFERENCE_SEED, "real renderings": REAL_SEED}
         if self.request.reference:
             report["reference"] = self.request.reference
+        report |= {k: v for k in ("revision", "variant") if (v := getattr(self.request, k)) is not None}
         report["networks"] = self.judges.names()
         report["notes"] = list(dict.fromkeys(self.notes))
         return report | {"rows": [row.row for row in self.rows], "blocks": []}

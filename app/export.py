@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from fewstep.distill.evaluation import student_folder
+from fewstep.distill.evaluation import revisions, student_folder
 from fewstep.samplers.errors import UserError, reason
 from fewstep.samplers.hub import is_hub_id
 from fewstep.samplers.load import load, load_student
@@ -15,8 +15,10 @@ from fewstep.samplers.student import PEFT, adapter_of, save_peft, save_student
 FORMATS = ("diffusers", "fused", "peft")
 
 
-def export(source: str, kind: str, out: Path) -> list[str]:
+def export(source: str, kind: str, out: Path, revision: str | None = None, variant: str | None = None) -> list[str]:
     """Write a student to a new folder; lines that say what is there and how it is loaded.
+
+    Revision and variant are those of its base's files, where these are read: for a LoRA that is fused, or put into peft's form.
 
     Raises:
         UserError: an unknown format, no student, a format that it cannot have, a folder that holds something.
@@ -33,10 +35,15 @@ def export(source: str, kind: str, out: Path) -> list[str]:
         raise UserError(
             f"{source}: several students, of which one at a time is exported: {folder / 'student_0'} and on"
         )
+    revision = revisions([source], revision)[source]
+    reads_base = holds_lora(folder) and (kind == "fused" or (kind == "peft" and not (folder / PEFT).is_dir()))
+    for option, value in (("--revision", revision), ("--variant", variant)):
+        if value is not None and not reads_base:
+            raise UserError(f"{option} {value}: --format {kind} of {source} reads no base; leave it out")
     if kind == "peft":
-        return _peft(folder, out)
+        return _peft(folder, out, revision, variant)
     if kind == "fused" and holds_lora(folder):
-        save_student(out, load(folder), manifest.model_copy(update={"kind": "full"}))
+        save_student(out, load(folder, revision, variant), manifest.model_copy(update={"kind": "full"}))
     else:
         _copy(folder, out)
     if manifest.parts is not None:
@@ -91,12 +98,12 @@ def _copy(folder: Path, out: Path) -> None:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
 
 
-def _peft(folder: Path, out: Path) -> list[str]:
+def _peft(folder: Path, out: Path, revision: str | None, variant: str | None) -> list[str]:
     """The LoRA of each network as a peft folder; of several networks in a folder of each one's name."""
     if (folder / PEFT).is_dir():
         _copy(folder / PEFT, out)
     elif holds_lora(folder):
-        student, _ = load_student(folder)
+        student, _ = load_student(folder, variant=variant, revision=revision)
         networks = student.networks
         for name, network in networks.items():
             try:

@@ -9,7 +9,7 @@ from typing import Annotated, cast
 import typer
 
 from fewstep.app import measuring
-from fewstep.app.options import SOURCE, Debug, Guidance, Scheduler, Timesteps, numbers, quiet
+from fewstep.app.options import SOURCE, Debug, Guidance, Revision, Scheduler, Timesteps, Variant, numbers, quiet
 
 app = typer.Typer(
     name="fewstep",
@@ -78,6 +78,8 @@ def sample(
     guidance_scale: Guidance = None,
     scheduler: Scheduler = None,
     timesteps: Timesteps = None,
+    revision: Revision = None,
+    variant: Variant = None,
     debug: Debug = False,
 ) -> None:
     """Sample images into one picture, a row for each prompt.
@@ -94,7 +96,8 @@ def sample(
     quiet(debug)
     from fewstep.app.sample import sample as run
 
-    number = run(source, prompt or [], prompts, steps, seed, n, out, guidance_scale, scheduler, own)
+    drawn = (source, prompt or [], prompts, steps, seed, n, out, guidance_scale, scheduler, own)
+    number = run(*drawn, revision=revision, variant=variant)
     print(f"{out}: {number} image{'s' if number != 1 else ''} in {steps} step{'s' if steps != 1 else ''}")
 
 
@@ -119,6 +122,8 @@ def export(
         typer.Option(metavar="ORG/NAME", help="Also send OUT, card included, to this model repository of the hub."),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make that repository private, if it is new.")] = False,
+    revision: Revision = None,
+    variant: Variant = None,
     debug: Debug = False,
 ) -> None:
     """Write a student for use elsewhere.
@@ -130,7 +135,7 @@ def export(
 
     if push is not None:
         exporting.refuse_name(push)
-    for line in exporting.export(run, format, out):
+    for line in exporting.export(run, format, out, revision, variant):
         print(line)
     if push is not None:
         print(f"sent to {exporting.push(out, push, private)}")
@@ -145,6 +150,8 @@ def playground(
         ),
     ] = None,
     port: Annotated[int, typer.Option(help="Of the page, on 127.0.0.1.", min=1, max=65535)] = 7860,
+    revision: Revision = None,
+    variant: Variant = None,
     debug: Debug = False,
 ) -> None:
     """Open a page that draws: teacher and student side by side, from the same noise.
@@ -156,7 +163,7 @@ def playground(
     quiet(debug)
     from fewstep.app.playground import playground as serve
 
-    serve(sources or [], port)
+    serve(sources or [], port, revision, variant)
 
 
 @app.command()

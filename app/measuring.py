@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fewstep.app import options
-from fewstep.app.options import SOURCE, Debug, Guidance, Scheduler, Timesteps, numbers, quiet
+from fewstep.app.options import SOURCE, Debug, Guidance, Revision, Scheduler, Timesteps, Variant, numbers, quiet
 
 
 def evaluate(
@@ -41,6 +41,8 @@ def evaluate(
     guidance_scale: Guidance = None,
     scheduler: Scheduler = None,
     timesteps: Timesteps = None,
+    revision: Revision = None,
+    variant: Variant = None,
     height: Annotated[
         int | None, typer.Option(help="Of pipelines' images, pixels. Default: the student's, or their own.", min=1)
     ] = None,
@@ -97,7 +99,19 @@ def evaluate(
     run(
         Request(
             *(sources, counts, names, num, prompts, out, per_prompt, reference, guidance_scale, scheduler, seed),
-            *(teacher_steps, batch_size, judge_batch, sizes, weights, own, height, width, num_frames),
+            *(
+                teacher_steps,
+                batch_size,
+                judge_batch,
+                sizes,
+                weights,
+                own,
+                height,
+                width,
+                num_frames,
+                revision,
+                variant,
+            ),
         )
     )
 

@@ -27,6 +27,12 @@ Timesteps = Annotated[
     typer.Option(help="Of a pipeline, instead of the scheduler's choice, e.g. 999,749,499,249 of DMD2's LoRA."),
 ]
 
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of the hub's repository that a SOURCE is, or the base of a student."),
+]
+Variant = Annotated[str | None, typer.Option(help="Of a pipeline's weight files, or of a student's base, e.g. fp16.")]
+
 
 def quiet(debug: bool) -> None:
     """Silence the libraries that a command is about to import."""

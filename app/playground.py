@@ -21,7 +21,7 @@ from fewstep.app.sample import grid
 from fewstep.app.sources import Source
 from fewstep.distill import picture
 from fewstep.distill.console import expected
-from fewstep.distill.evaluation import Sampler, device, timed
+from fewstep.distill.evaluation import Sampler, device, revisions, timed
 from fewstep.samplers.baseline import counted
 from fewstep.samplers.errors import UserError, reason
 
@@ -36,7 +36,7 @@ CSS = """
 ABOUT = "NFE: rows that went through the network for one picture; a step with guidance counts two."
 
 
-def playground(names: Sequence[str], port: int) -> None:
+def playground(names: Sequence[str], port: int, revision: str | None = None, variant: str | None = None) -> None:
     """Load the sources, by default the embedded teacher and the newest student, and serve the page until Ctrl-C.
 
     Raises:
@@ -49,8 +49,9 @@ def playground(names: Sequence[str], port: int) -> None:
         names, note = [sources.EMBEDDED_TEACHER], sources.NO_STUDENT
         if newest is not None:
             names, note = [*names, newest], None
-    sources.check(names)
-    demo = page([sources.load_source(name) for name in sources.shown(names)], note)
+    files = revisions(names, revision)
+    sources.check(names, files)
+    demo = page([sources.load_source(name, files[name], variant) for name in sources.shown(names)], note)
     if note is not None:
         print(note)
     url = start(demo, port)

@@ -14,7 +14,9 @@ from fewstep.app.processes import Processes
 from fewstep.app.store import Cost, Store, read
 from fewstep.distill.metric_names import GIVEN, METRICS, fewest
 from fewstep.distill.prompt_sets import PromptSet
+from fewstep.distill.report import COLUMNS
 from fewstep.distill.sources import read_text
+from fewstep.distill.table import labels
 from fewstep.metrics.clips import clip_paths
 from fewstep.metrics.images import image_files
 from fewstep.metrics.scores import Scores
@@ -111,3 +113,12 @@ def real_row(root: Path, prompts: PromptSet, seed: int, processes: Processes) ->
     row = {"source": "real renderings", "role": "reference", "steps": 0, "nfe": 0, "guidance": None}
     row |= {"scheduler": None, "seconds_per_image": None, "n": len(prompts)}
     return Row(row, store.files, prompts.prompts, prompts.groups)
+
+
+def grid(rows: Sequence[Row]) -> tuple[list[tuple[str, str, Tensor]], list[str]]:
+    """Rows and heads of the picture: the first images of each row, which share prompts and noise."""
+    lines = []
+    for row, said in zip(rows, labels([row.row for row in rows]), strict=True):
+        guided = f"\nguidance {row.row['guidance']:g}" if row.row["role"] == "teacher" else ""
+        lines.append((said, f"{row.row['scheduler']}{guided}", row.images(range(min(COLUMNS, len(row.files))))))
+    return lines, list(rows[0].prompts or [])[:COLUMNS]

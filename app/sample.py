@@ -11,24 +11,41 @@ from torch import Tensor
 from fewstep.app.clips import FRAMES_PER_SECOND
 from fewstep.distill import picture
 from fewstep.distill.data import read_prompts
-from fewstep.distill.evaluation import Sampler, Teacher, student_folder, student_sampler
+from fewstep.distill.evaluation import Sampler, Teacher, revisions, student_folder, student_sampler
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import load_student
+from fewstep.samplers.load import load_student, resolve
+from fewstep.samplers.manifest import read_manifest
 
 ANIMATED = (".gif", ".webp")
 
 
 def sampler_of(
-    source: str, steps: int, guidance: float | None, scheduler: str | None, timesteps: list[int] | None = None
+    source: str,
+    steps: int,
+    guidance: float | None,
+    scheduler: str | None,
+    timesteps: list[int] | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> Sampler:
-    """A student by its own plan, or a pipeline by a stock scheduler."""
+    """A student by its own plan, or a pipeline by a stock scheduler; revision and variant are the pipeline's or the base's."""
+    revision = revisions([source], revision)[source]
     if student_folder(source) is None:
-        return Teacher(source).sampler(steps, guidance, scheduler, timesteps=timesteps)
+        return Teacher(source, revision, variant).sampler(steps, guidance, scheduler, timesteps=timesteps)
     for option, value in (("--scheduler", scheduler), ("--timesteps", timesteps)):
         if value is not None:
             raise UserError(f"{option} {value}: {source} is a student, which samples by its own plan; leave it out")
-    student, manifest = load_student(source, fuse=True)
+    needs_base(source, revision, variant)
+    student, manifest = load_student(source, variant=variant, fuse=True, revision=revision)
     return student_sampler(student, manifest, source, steps, guidance)
+
+
+def needs_base(student: str, revision: str | None, variant: str | None) -> None:
+    """UserError for files of a base where a student, a full one, needs none."""
+    manifest = read_manifest(Path(resolve(student)))
+    for option, value in (("--revision", revision), ("--variant", variant)):
+        if value is not None and manifest.kind == "full":
+            raise UserError(f"{option} {value}: {student} is a full student, which needs no base; leave it out")
 
 
 def sample(
@@ -43,6 +60,8 @@ def sample(
     scheduler: str | None,
     timesteps: list[int] | None = None,
     batch_size: int = 16,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> int:
     """Write a picture: a row of n images for each prompt, image j from seed + j; of clips a row of frames each.
 
@@ -54,7 +73,7 @@ def sample(
     prompts = prompts + (read_prompts(file) if file else [])
     if not prompts:
         raise UserError("no prompt: say -p PROMPT, or --prompts FILE with one prompt a line")
-    sampler = sampler_of(source, steps, guidance, scheduler, timesteps)
+    sampler = sampler_of(source, steps, guidance, scheduler, timesteps, revision, variant)
     every = [(p, seed + j) for p in prompts for j in range(n)]
     parts = []
     for i in range(0, len(every), batch_size):

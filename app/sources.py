@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,11 +78,11 @@ def newest_student(folder: Path = Path("runs")) -> str | None:
     return max(found)[1] if found else None
 
 
-def check(names: Sequence[str]) -> None:
+def check(names: Sequence[str], revisions: Mapping[str, str | None] | None = None) -> None:
     """Refuse what is no source, before any weight loads: UserError in one line."""
     for name in names:
         folder = student_folder(name)
-        family(class_of(name) if folder is None else read_manifest(folder).pipeline)
+        family(class_of(name, (revisions or {}).get(name)) if folder is None else read_manifest(folder).pipeline)
 
 
 def shown(names: Sequence[str]) -> list[str]:
@@ -99,19 +99,22 @@ def _place(source: str) -> str:
     return str(path.resolve()) if path.is_dir() else source
 
 
-def load_source(name: str) -> Source:
-    """Load a source and draw once in the fewest steps: the first call of a process is slow, and times are shown."""
+def load_source(name: str, revision: str | None = None, variant: str | None = None) -> Source:
+    """Load a source and draw once in the fewest steps: the first call of a process is slow, and times are shown.
+
+    Revision and variant are those of a pipeline's files, or of a student's base.
+    """
     folder = student_folder(name)
     if folder is None:
         student, config, base = None, None, name
-        teacher = Teacher(name)
+        teacher = Teacher(name, revision, variant)
         denoiser = denoiser_of(teacher.pipeline)
         shape, step_counts = denoiser.latent_shape(), TEACHER_STEPS
     else:
-        denoiser, manifest = load_student(name, fuse=True)
+        denoiser, manifest = load_student(name, variant=variant, fuse=True, revision=revision)
         student, config, base = (denoiser, manifest), _config(folder), manifest.base
         try:
-            teacher = teacher_of(manifest, config.negative_prompt if config else "")
+            teacher = teacher_of(manifest, config.negative_prompt if config else "", revision, variant)
         except UserError as error:
             raise UserError(f"{name}: its teacher, to be shown beside it, cannot be loaded; {error}") from error
         shape = denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)

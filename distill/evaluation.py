@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.distill.metric_names import BASIC, DRAWINGS, EMOJI
 from fewstep.distill.prompt_sets import PromptSet
+from fewstep.samplers import single_file
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.baseline import (
     OF_STUDENTS,
@@ -28,8 +29,8 @@ from fewstep.samplers.baseline import (
 )
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import family, load_pipeline, resolve
-from fewstep.samplers.manifest import MANIFEST, Manifest
+from fewstep.samplers.load import family, load_pipeline, parts, resolve
+from fewstep.samplers.manifest import MANIFEST, Manifest, read_manifest
 from fewstep.samplers.plan import sample
 
 Figures = dict[str, tuple[float, float]]
@@ -134,10 +135,13 @@ class Teacher:
         return Sampler(self.source, "teacher", steps, scale, f"{said} ({how})" if how else said, networks, images)
 
 
-def teacher_of(manifest: Manifest, negative_prompt: str = "") -> Teacher:
-    """The teacher that a student was made from, for samples of the student's size."""
+def teacher_of(
+    manifest: Manifest, negative_prompt: str = "", revision: str | None = None, variant: str | None = None
+) -> Teacher:
+    """The teacher that a student was made from, for samples of the student's size; its files are the manifest's unless told."""
     size = {"height": manifest.height, "width": manifest.width, "num_frames": manifest.num_frames}
-    return Teacher(manifest.base, manifest.revision, manifest.variant, negative_prompt, **size)
+    files = (revision or manifest.revision, variant or manifest.variant)
+    return Teacher(manifest.base, *files, negative_prompt, **size)
 
 
 def student_sampler(
@@ -264,6 +268,27 @@ def bar(total: int, description: str) -> Iterator[Progress | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(description, total=total)
         yield lambda n: shown.advance(task, n)
+
+
+def revisions(sources: Sequence[str], revision: str | None) -> dict[str, str | None]:
+    """The revision of the repository that each source, or a student's base, comes from; None for those of folders.
+
+    Raises:
+        UserError: a revision where all are folders, which have none.
+    """
+    found = {source: None if _on_disk(source) else revision for source in sources}
+    if revision is not None and found and not any(found.values()):
+        raise UserError(f"--revision {revision}: of a repository of the hub; {', '.join(sources)}: on this disk, without any")
+    return found
+
+
+def _on_disk(source: str) -> bool:
+    folder = student_folder(source)
+    place, _ = parts(source if folder is None else read_manifest(folder).base)
+    file = single_file.split(place)
+    if file is not None:  # whose config may come from a repository
+        place = file[1] or ""
+    return bool(place) and Path(resolve(place)).exists()
 
 
 def student_folder(source: str | Path) -> Path | None:

@@ -14,15 +14,24 @@ def is_hub_id(source: str) -> bool:
 def index_from_hub(source: str, revision: str | None) -> str:
     """Where a repository's `model_index.json` lies in the hub cache, fetched if need be; UserError in one line."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    at = "" if revision is None else f" at revision {revision}"
     try:
         return hf_hub_download(source, "model_index.json", revision=revision)
     except GatedRepoError as error:
         raise UserError(f"{source}: gated; accept its licence on its page and log in (`hf auth login`)") from error
     except RepositoryNotFoundError as error:
         raise UserError(f"{source}: no such folder, and no such repository on the hub (or it is private)") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{source}: the hub has no revision {revision} of it") from error
     except LocalEntryNotFoundError as error:
-        raise UserError(f"{source}: no such folder, not in the hub cache, and the hub cannot be reached") from error
+        raise UserError(f"{source}: no such folder, not in the hub cache{at}, and the hub cannot be reached") from error
     except (HfHubHTTPError, OSError) as error:
         raise UserError(f"{source}: the hub answered: {reason(error)}") from error

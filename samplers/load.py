@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fewstep.samplers import single_file
+from fewstep.samplers import foreign, single_file
 from fewstep.samplers.adapters import Adapted
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError, one_line
@@ -95,7 +93,7 @@ def class_of(source: str | Path, revision: str | None = None) -> str:
     """
     source, loras = parts(source)
     for lora in loras:
-        _arguments(lora)
+        foreign.arguments(lora)
     path = Path(resolve(source))
     return read_manifest(path).pipeline if holds_lora(path) else index_of(source, revision)["_class_name"]
 
@@ -107,6 +105,8 @@ def index_of(source: str | Path, revision: str | None = None) -> dict[str, Any]:
     path = Path(resolve(source))
     if path.is_dir():
         index = path / "model_index.json"
+        if revision is not None:
+            raise UserError(f"revision {revision}: of a repository of the hub; {source} is a folder")
         if not index.is_file():
             raise UserError(f"{source}: no model_index.json there; it must be a diffusers pipeline folder")
     elif is_hub_id(str(source)):
@@ -163,45 +163,13 @@ def load_pipeline(
         else:
             config = config_of(base, revision)
             index = index_of(config, revision)
-            with _quiet():  # diffusers warns of what it casts
+            with foreign.quiet():  # diffusers warns of what it casts
                 extra |= {"revision": revision, "variant": variant}
                 pipeline = single_file.load_single_file(cls, file[0], config, index, **extra)
     pipeline.set_progress_bar_config(disable=True)
     for lora in loras:
-        _add(pipeline, lora)
+        foreign.add(pipeline, lora)
     return pipeline
-
-
-def _arguments(lora: str) -> tuple[str, dict[str, str]]:
-    """Folder or hub id of a LoRA, and its file; UserError where neither can be."""
-    at, file = lora, {}
-    if lora.endswith(".safetensors"):
-        at, file = str(Path(lora).parent), {"weight_name": Path(lora).name}
-    if not Path(lora).exists() and not is_hub_id(at):
-        raise UserError(f"{lora}: no such LoRA: a .safetensors file, a folder, ORG/NAME or ORG/NAME/FILE.safetensors")
-    return at, file
-
-
-def _add(pipeline: Any, lora: str) -> None:
-    """Add a LoRA into a pipeline's weights."""
-    name = type(pipeline).__name__
-    at, file = _arguments(lora)
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise UserError(f"{lora}: a {name} takes no LoRA")
-    with one_line(f"{lora}: cannot be loaded as a LoRA of {name}"):
-        with _quiet():
-            pipeline.load_lora_weights(at, use_safetensors=True, **file)
-        adapted = list(pipeline.get_list_adapters())
-        if adapted:
-            _fuse(pipeline, adapted)
-    if not adapted:
-        raise UserError(f"{lora}: names no layer of {name}")
-
-
-def _fuse(pipeline: Any, components: list[str]) -> None:
-    """Add the adapters of components into their weights."""
-    pipeline.fuse_lora(components=components)
-    pipeline.unload_lora_weights()
 
 
 def load(source: str | Path, revision: str | None = None, variant: str | None = None, **components: Any) -> Denoiser:
@@ -213,7 +181,7 @@ def load(source: str | Path, revision: str | None = None, variant: str | None = 
         return denoiser_of(load_pipeline(source, revision, variant, **components))
     if read_manifest(Path(resolve(source))).parts is not None:
         raise UserError(f"{source}: several students, no one network; each is in a folder of its own, student_0 and on")
-    denoiser, manifest = load_student(source, variant=variant, fuse=True, **components)
+    denoiser, manifest = load_student(source, variant=variant, fuse=True, revision=revision, **components)
     if manifest.phase_ends:
         raise UserError(
             f"{source}: a student with a LoRA for each phase, which cannot be added into one set of weights"
@@ -226,6 +194,7 @@ def load_student(
     base: str | Path | None = None,
     variant: str | None = None,
     fuse: bool = False,
+    revision: str | None = None,
     **components: Any,
 ) -> tuple[Denoiser, Manifest]:
     """A student and what it says of itself, for its own size of samples.
@@ -235,6 +204,7 @@ def load_student(
         base: where the base of a LoRA is, if not where the manifest says: a folder, `embedded:NAME` or a hub id.
         variant: of the base's files; default: the manifest's.
         fuse: add a LoRA into the weights, where each call is faster by its products; else, and of phases, it stays an adapter.
+        revision: of the base's repository on the hub; default: the manifest's. A full student needs neither this nor `variant`.
         components: further arguments of the pipeline's `from_pretrained`.
 
     Raises:
@@ -246,23 +216,30 @@ def load_student(
     if manifest.parts is not None:
         from fewstep.samplers.several import load_several
 
-        return load_several(folder, manifest, base=base, variant=variant, fuse=fuse, **components), manifest
+        files = {"base": base, "variant": variant, "revision": revision}
+        return load_several(folder, manifest, fuse=fuse, **files, **components), manifest
     if holds_lora(folder):
-        denoiser = _on_base(folder, manifest, base, variant, **components)
+        denoiser = _on_base(folder, manifest, base, variant, revision, **components)
         if fuse and not manifest.phase_ends:
-            _fuse(denoiser.pipeline, list(denoiser.networks))
+            foreign.fuse(denoiser.pipeline, list(denoiser.networks))
     else:
         denoiser = denoiser_of(load_pipeline(folder, **components))
     return denoiser.at(denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)), manifest
 
 
 def _on_base(
-    folder: Path, manifest: Manifest, base: str | Path | None, variant: str | None, **components: Any
+    folder: Path,
+    manifest: Manifest,
+    base: str | Path | None,
+    variant: str | None,
+    revision: str | None,
+    **components: Any,
 ) -> Denoiser:
     where = manifest.base if base is None else base
-    variant = manifest.variant if base is None and variant is None else variant
+    if base is None:
+        variant, revision = variant or manifest.variant, revision or manifest.revision
     try:
-        teacher = load(where, manifest.revision if base is None else None, variant, **components)
+        teacher = load(where, revision, variant, **components)
     except UserError as error:
         raise UserError(f"{folder}: its base cannot be loaded; {error}; base= names another place of it") from error
     if type(teacher.pipeline).__name__ != manifest.pipeline or not same_weights(
@@ -275,25 +252,13 @@ def _on_base(
     for arguments in weight_files(teacher).values():
         path = folder / arguments["weight_name"]
         # diffusers warns that the text encoder gets no LoRA
-        with one_line(f"{path}: cannot be loaded as a LoRA"), _quiet():
+        with one_line(f"{path}: cannot be loaded as a LoRA"), foreign.quiet():
             # without use_safetensors it would look for a pickle where the file is broken
             teacher.pipeline.load_lora_weights(folder, use_safetensors=True, **arguments)
     if not all(getattr(network, "peft_config", None) for network in teacher.networks.values()):
         raise UserError(f"{folder}: its LoRA files name no layer of {manifest.pipeline}")
     student = denoiser_of(teacher.pipeline)
     return student.phased([Adapted(network, name) for name in teacher.networks], ends) if ends else student
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def denoiser_of(pipeline: Any) -> Denoiser:

@@ -16,6 +16,7 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import FAMILIES, class_of, denoiser_of, family, load, load_pipeline, resolve
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
+from tests.hub import keep
 from tests.pipelines import (
     PROMPTS,
     tiny_classes,
@@ -165,15 +166,52 @@ def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch):
     assert line == "nobody/nothing: no such folder, not in the hub cache, and the hub cannot be reached"
 
 
+def test_a_revision_and_a_variant_of_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each brings its own weights; a branch and its commit are one; what is not there is one line, with a folder's too."""
+    main, old = tmp_path / "main", tmp_path / "old"
+    own = {"main": tiny_ddpm(main).unet}
+    for name, factor in (("fp16", 3.0), ("old", 2.0)):
+        pipeline = tiny_ddpm()
+        for p in pipeline.unet.parameters():
+            p.mul_(factor)
+        pipeline.save_pretrained(old if name == "old" else main, variant="fp16" if name == "fp16" else None)
+        own[name] = pipeline.unet
+    commits = keep(tmp_path / "cache", "org/tiny", {"main": main, "old": old}, monkeypatch)
+    asked = {
+        (None, None): "main",
+        ("main", None): "main",
+        ("old", None): "old",
+        (commits["old"], None): "old",
+        (None, "fp16"): "fp16",
+    }
+    for (revision, variant), want in asked.items():
+        found = load("org/tiny", revision, variant).network.state_dict()
+        assert all(torch.equal(found[k], v) for k, v in own[want].state_dict().items()), (revision, variant)
+    assert torch.equal(load(main, variant="fp16").network.conv_in.weight, own["fp16"].conv_in.weight)
+    where = "no such folder, not in the hub cache at revision none, and the hub cannot be reached"
+    assert complaint(lambda: load("org/tiny", "none")) == f"org/tiny: {where}"
+    for source in ("org/tiny", old):
+        line = complaint(lambda s=source: load(s, "old" if s == "org/tiny" else None, "fp16"))
+        assert line.startswith(f"{source}: cannot be loaded as DDPMPipeline")
+        assert "fp16" in line
+    assert complaint(lambda: load(old, "old")) == f"revision old: of a repository of the hub; {old} is a folder"
+
+
 def test_a_gated_or_missing_repository(monkeypatch: pytest.MonkeyPatch):
     import httpx
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     response = httpx.Response(401, request=httpx.Request("GET", "https://hub.invalid"))
     for error, expected in (
         (GatedRepoError, "org/name: gated; accept its licence on its page and log in"),
         (RepositoryNotFoundError, "org/name: no such folder, and no such repository on the hub (or it is private)"),
+        (RevisionNotFoundError, "org/name: the hub has no revision v1 of it"),
         (HfHubHTTPError, "org/name: the hub answered: 401 first line"),
     ):
 
@@ -181,7 +219,7 @@ def test_a_gated_or_missing_repository(monkeypatch: pytest.MonkeyPatch):
             raise error("401 first line\nsecond line", response=response)
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
-        assert complaint(lambda: load("org/name")).startswith(expected)
+        assert complaint(lambda: load("org/name", "v1")).startswith(expected)
 
 
 def test_weights_in_another_type_on_request(ddpm: Path):
