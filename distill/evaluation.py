@@ -278,7 +278,9 @@ def revisions(sources: Sequence[str], revision: str | None) -> dict[str, str | N
     """
     found = {source: None if _on_disk(source) else revision for source in sources}
     if revision is not None and found and not any(found.values()):
-        raise UserError(f"--revision {revision}: of a repository of the hub; {', '.join(sources)}: on this disk, without any")
+        raise UserError(
+            f"--revision {revision}: of a repository of the hub; {', '.join(sources)}: on this disk, without any"
+        )
     return found
 
 
