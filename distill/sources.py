@@ -237,7 +237,9 @@ def dataset(name: str, config: str | None, split: str, image_column: str, captio
     try:
         datasets: Any = importlib.import_module("datasets")
     except ImportError as error:
-        raise UserError("dataset_name: needs the package datasets (the extra [data]); try: pip install datasets") from error
+        raise UserError(
+            "dataset_name: needs the package datasets (the extra [data]); try: pip install datasets"
+        ) from error
     saved = any((Path(name) / f).is_file() for f in ("state.json", "dataset_dict.json"))
     try:
         data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config)

@@ -217,5 +217,7 @@ def test_what_a_data_set_lacks(package: list[tuple], split: str, image: str, cap
 
 def test_the_package_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs the package datasets \(the extra \[data\]\); try: pip install datasets$"):
+    with pytest.raises(
+        UserError, match=r"needs the package datasets \(the extra \[data\]\); try: pip install datasets$"
+    ):
         dataset("org/set", None, "train", "image", "text")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from torch import Tensor
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.student import read_manifest, save_student
 from tests.samplers.students import CASES, Saved, latents, snippet_of
+from tests.strangers import run
 
 RUNS = [(name, k) for name, c in CASES.items() for k in c.steps]
 
@@ -55,25 +53,13 @@ for folder, steps in json.loads(sys.argv[1]):
 
 
 @pytest.fixture(scope="module")
-def seen(students: dict[str, Saved], tmp_path_factory: pytest.TempPathFactory, root: Path) -> dict[str, Path]:
+def seen(students: dict[str, Saved], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every snippet of every card run in one process that cannot import this project: copies of the folders."""
     folder = tmp_path_factory.mktemp("seen")
     copies = {name: shutil.copytree(s.folder, folder / name) for name, s in students.items()}
     for name, steps in RUNS:
         (copies[name] / f"{steps}.py").write_text(snippet_of(copies[name], steps))
-    site = folder / "site"
-    site.mkdir()
-    # a torchvision without its operators keeps diffusers from being imported; fewstep declares them when it is
-    # imported, a process without fewstep must do so by itself
-    compat = (root / "samplers" / "compat.py").read_text()
-    (site / "sitecustomize.py").write_text(
-        f"{compat}\ndeclare_torchvision_operators()\nimport sys\nsys.modules['fewstep'] = None\n"
-    )
-    jobs = json.dumps([(str(copies[name]), steps) for name, steps in RUNS])
-    command = [sys.executable, "-c", HARNESS, jobs]
-    env = os.environ | {"PYTHONPATH": str(site)}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(HARNESS, folder, json.dumps([(str(copies[name]), steps) for name, steps in RUNS]))
     return copies
 
 
