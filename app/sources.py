@@ -10,8 +10,9 @@ import yaml
 
 from fewstep.app.clips import ffmpeg
 from fewstep.distill.config import TrainConfig, validate
+from fewstep.distill.data import read_prompts
 from fewstep.distill.evaluation import Sampler, Teacher, student_folder, student_sampler, teacher_of
-from fewstep.distill.prompt_sets import EMBEDDED
+from fewstep.distill.prompt_sets import EXAMPLES
 from fewstep.distill.report import teacher_guidance
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
@@ -146,10 +147,8 @@ def _config(student: Path) -> TrainConfig | None:
 
 
 def examples(base: str, config: TrainConfig | None, usual: Sequence[str] = ()) -> list[str]:
-    """Prompts that the model was made for: those of its run, and some of each embedded set; else `usual`, or any."""
+    """Prompts that the model was made for: its run's, and those that the teacher's folder carries; else `usual`, or any."""
     own = list(config.validation_prompts or [])[:4] if config else []
-    for name, captions in EMBEDDED.items():
-        if name.split("/")[0] == base:
-            every = captions()
-            own += every[:: len(every) // 2 + 1]
+    if (carried := Path(resolve(base)) / EXAMPLES).is_file():
+        own += read_prompts(str(carried))
     return list(dict.fromkeys(own)) or list(usual or PROMPTS)

@@ -68,6 +68,15 @@ EMBEDDED: dict[str, Callable[[], list[str]]] = {
     "embedded:emoji/held-out": held_out_captions,
 }
 
+EXAMPLES = "prompts.txt"
+"""In a pipeline's folder: prompts that it was made for, one a line."""
+
+
+def example_captions() -> list[str]:
+    """Two of each embedded set."""
+    sets = [captions() for captions in EMBEDDED.values()]
+    return [caption for every in sets for caption in every[:: len(every) // 2 + 1]]
+
 
 def prompt_set(source: str | Sequence[str], n: int, seed: int = 0, variants: int | None = None) -> PromptSet:
     """N images' prompts, every prompt equally often and in a shuffled order, and their seeds.

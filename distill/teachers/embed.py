@@ -1,7 +1,7 @@
 """Ship a trained teacher: `python -m fewstep.distill.teachers.embed RUN [FOLDER]`.
 
 UNet and autoencoder are written in float16, which diffusers loads into float32; the text encoder in float32, since
-transformers loads the file's own dtype.
+transformers loads the file's own dtype. Examples of its prompts lie beside them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from fewstep.distill.prompt_sets import EXAMPLES, example_captions
 from fewstep.samplers.load import EMBEDDED, load_pipeline
 
 
@@ -23,6 +24,7 @@ def main(run: str, folder: str | Path = EMBEDDED / "emoji") -> None:
     for config in (Path(folder) / "model_index.json", *Path(folder).glob("*/config.json")):
         kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}  # of this machine
         config.write_text(json.dumps(kept, indent=2) + "\n")
+    Path(folder, EXAMPLES).write_text("\n".join(example_captions()) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import pytest
 
 from fewstep.app import playground, sources
 from fewstep.app.clips import FRAMES_PER_SECOND
+from fewstep.samplers.load import resolve
 from tests.app.conftest import Answer
 from tests.app.test_clips import frames
 from tests.app.test_commands import PROMPTS, pixels
@@ -276,13 +277,18 @@ def test_a_taken_port_is_one_line(fewstep: Command, teacher: Path):
         refused(fewstep("playground", teacher, "--port", port), f"--port {port}: cannot be used", "name another")
 
 
-def test_examples_are_what_a_run_was_made_for():
-    """Prompts of the run's previews first, then captions of the embedded pictures if its teacher draws those."""
+def test_examples_are_what_a_run_was_made_for(tmp_path: Path):
+    """Prompts of the run's previews first, then those that its teacher's folder carries, whatever the folder is called."""
     from fewstep.distill.config import validate
+    from fewstep.distill.prompt_sets import EMBEDDED, example_captions
 
     config = validate({"method": "dmd2", "teacher": "embedded:emoji", "validation_prompts": ["a bird"]})
-    prompts = sources.examples("embedded:emoji", config)
-    assert prompts[0] == "a bird"
-    assert len(prompts) == 7
-    assert all(re.fullmatch(r"an? .* on an? \w+ background", p) for p in prompts[1:])
-    assert sources.examples("/elsewhere", None) == list(sources.PROMPTS)
+    copied = shutil.copytree(resolve("embedded:emoji"), tmp_path / "mine")
+    for base in ("embedded:emoji", str(copied)):
+        assert sources.examples(base, config) == ["a bird", *example_captions()]
+        assert sources.examples(base, None) == example_captions()
+    assert [sum(c in captions() for c in example_captions()) for captions in EMBEDDED.values()] == [2, 2, 2]
+    (copied / "prompts.txt").unlink()
+    for base in (str(copied), "org/name"):
+        assert sources.examples(base, None) == list(sources.PROMPTS)
+        assert sources.examples(base, None, ["207"]) == ["207"]
