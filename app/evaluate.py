@@ -187,8 +187,8 @@ class Evaluation:
             return
         counts = sorted(set(self.request.steps), reverse=True)
         if source in self.students:
-            files = {"variant": self.request.variant, "revision": self.revisions[source]}
-            student, manifest = load_student(source, fuse=True, **files)
+            variant, revision = self.request.variant, self.revisions[source]
+            student, manifest = load_student(source, variant=variant, fuse=True, revision=revision)
             for k in counts:
                 yield self._draw(student_sampler(student, manifest, source, k), manifest.plan(k).model_dump_json())
         else:
@@ -210,10 +210,9 @@ class Evaluation:
 
     def _target(self) -> Teacher:
         """The teacher that others are compared with: the first pipeline without its LoRA, or the first student's base."""
-        for source in self.sampled:
-            if source not in self.students:
-                return self._teacher(source, parts(source)[0])
-        first = self.sampled[0]
+        first = next((s for s in self.sampled if s not in self.students), self.sampled[0])
+        if first not in self.students:
+            return self._teacher(first, parts(first)[0])
         return teacher_of(self.students[first], "", self.revisions[first], self.request.variant)
 
     @property
@@ -223,7 +222,7 @@ class Evaluation:
 
     def _draw(self, sampler: Sampler, plan: str = "") -> Row:
         r = self.request
-        plan += "".join(f" {v}" for v in (r.revision, r.variant) if v is not None)
+        plan += "".join(f" {v}" for v in (r.revision, r.variant) if v)
         return draw(sampler, plan, self.prompts, self.root, r.batch_size, r.cost_batches, self.processes, self._accept)
 
     def _accept(self, image: Tensor) -> None:
@@ -293,9 +292,7 @@ class Evaluation:
         report: dict[str, Any] = {"schema": 1, "n": len(prompts), "seeds": prompts.seeds, "prompts": prompts.name}
         if self.real is not None:
             report["reference_seeds"] = {"reference": REFERENCE_SEED, "real renderings": REAL_SEED}
-        if self.request.reference:
-            report["reference"] = self.request.reference
-        report |= {k: v for k in ("revision", "variant") if (v := getattr(self.request, k)) is not None}
+        report |= {k: v for k in ("reference", "revision", "variant") if (v := getattr(self.request, k))}
         report["networks"] = self.judges.names()
         report["notes"] = list(dict.fromkeys(self.notes))
         return report | {"rows": [row.row for row in self.rows], "blocks": []}
