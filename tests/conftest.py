@@ -23,7 +23,10 @@ gc.set_threshold(20_000)
 
 # Files that read what one fixture of the session makes, a training or thirty saved students: on one worker it is made once.
 TOGETHER = [
-    [f"tests/app/test_{name}.py" for name in ("main", "commands", "playground", "report", "foreign", "push", "cite")],
+    [
+        f"tests/app/test_{name}.py"
+        for name in ("main", "commands", "playground", "report", "foreign", "push", "cite", "revisions")
+    ],
     [f"tests/samplers/test_{name}.py" for name in ("card", "student")],
 ]
 # Begun before the others, which then fill the end of both workers.
