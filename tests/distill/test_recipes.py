@@ -114,6 +114,10 @@ def of(config: TrainConfig, inputs: list[str], folder: Path) -> list[str]:
         chosen += ["nodes=0"]  # two iterations hold no path: tests/distill/test_disback.py walks one
     if getattr(config, "parts", 1) > 1:
         chosen += ["parts=1"]  # there are two prompts: tests/distill/test_msd.py has parts
+    if family and config.regression_weight and not compared:
+        chosen += ["num_pairs=2", "pair_steps=2"]
+    if "num_layers" in (getattr(config, "student_config", None) or {}):
+        chosen += ["student_config={num_layers: 1}"]
     return [*chosen, f"output_dir={folder}"]
 
 
