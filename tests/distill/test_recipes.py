@@ -234,11 +234,11 @@ def test_the_page_of_a_method_names_its_recipes(method: str, root: Path):
     own = {name: recipe for name, recipe in RECIPES.items() if name.startswith(f"{method}/")}
     assert own.keys() <= set(re.findall(r"`([\w./-]+)`", said))
     assert all((CONFIGS / f"{name}.yaml").is_file() for name in re.findall(rf"`({method}/[\w.-]+)`", said))
-    for family, start in FAMILIES.items():
+    for kind, start in FAMILIES.items():
         students = {recipe.student for recipe in own.values() if recipe.teacher.startswith(start)}
-        assert bool(students) == ((method, family) not in ABSENT)
-        assert method == "tsm" or family == "SD 1.5" or not students or "lora" in students
-        assert ABSENT.get((method, family), "") in said
+        assert bool(students) == ((method, kind) not in ABSENT)
+        assert method == "tsm" or kind == "SD 1.5" or not students or "lora" in students
+        assert ABSENT.get((method, kind), "") in said
 
 
 def keys_named(page: Path) -> set[str]:
