@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.distill.objectives import implicit
-from fewstep.distill.objectives.divergence import sim
+from fewstep.distill.objectives.divergence import reverse_kl, sim
 from tests.distill.exact import SHIFT, Laws, exact, gaussian, levels, moments, on_the_sample, prompts_of, rows
 from tests.distill.gaussian import PROCESSES, Teacher, method
 
@@ -142,6 +142,30 @@ def test_the_identity_on_a_student_that_is_no_gaussian(distance: str, c: float, 
         lambda x: denoiser(x[:, 0], held)[:, None],
     )
     assert torch.allclose(slope_of(frozen), wanted, rtol=1e-3) is (distance == "squared")
+
+
+@pytest.mark.parametrize("distance", ["squared", "pseudo_huber", "power"])
+def test_without_the_networks_inputs_it_would_be_dmd(distance: str):
+    """Under no_grad the gradient is d'(F - R), along DMD's F - R in every sample, which SIM's is not."""
+    x0, r, f = (torch.randn(2, 8, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
+
+    def potential(x: Tensor, r: Tensor, f: Tensor) -> Tensor:
+        return sim(x, r, f, distance, 0.3, 1.5)
+
+    def teacher(x_t: Tensor) -> Tensor:
+        return r + 0.7 * x_t.tanh()
+
+    def fake(x_t: Tensor) -> Tensor:
+        return f + 0.2 * x_t.square()
+
+    found, *scores = implicit.direction(potential, x0, lambda x: 0.8 * x, teacher, fake)
+    held = [torch.no_grad()(network) for network in (teacher, fake)]
+    d, *_ = implicit.direction(potential, x0, lambda x: 0.8 * x, *held, split=False)
+    dmd = reverse_kl(*scores)
+    size = dmd.square().mean(1, keepdim=True) + 0.09
+    factor = {"squared": 2.0, "pseudo_huber": size**-0.5, "power": 1.5 * size**-0.25}[distance]
+    assert torch.allclose(d, factor * dmd, rtol=1e-12)
+    assert (torch.cosine_similarity(found, d, 1) < 0.97).all()
 
 
 def test_a_distance_that_grows_is_the_squared_one(tmp_path: Path):
