@@ -49,6 +49,7 @@ def made_of(folder: Path, kind: str, **changes: Any) -> tuple[DistributionMatchi
     else:
         networks = Networks(denoiser_of(tiny_stable_diffusion()), "full")
         made = methods_distiller(config(folder, student="full", **settings), networks)
+        assert isinstance(made, DistributionMatching)
         for role in (made.roles()[name] for name in ("student", "fake_score")):
             with torch.no_grad():
                 role.parameters["unet.mid_block.resnets.0.conv1.weight"].mul_(4)
