@@ -18,6 +18,19 @@ PAPERS = {
         "Consistency Models",
         ("Yang Song", "Prafulla Dhariwal", "Mark Chen", "Ilya Sutskever"),
     ),
+    "ladd": (
+        "2403.12015",
+        "2024",
+        "Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion Distillation",
+        (
+            "Axel Sauer",
+            "Frederic Boesel",
+            "Tim Dockhorn",
+            "Andreas Blattmann",
+            "Patrick Esser",
+            "Robin Rombach",
+        ),
+    ),
     "lcm": (
         "2310.04378",
         "2023",
@@ -160,6 +173,8 @@ def of_parts(record: dict[str, Any]) -> Iterator[str]:
         yield "progressive" if record.get("policy") == "trajectory" else "dmd"
     if record.get("gan_weight") and record.get("discriminator") == "heads":
         yield "dmd2"
+        if record.get("discriminator_features") == "teacher":
+            yield "ladd"
 
 
 def bibtex(key: str) -> str:

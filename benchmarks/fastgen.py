@@ -78,6 +78,7 @@ def fewstep_side(a: argparse.Namespace, teacher: Any, latents: Tensor, rollout: 
                 "steps": [a.steps],
             },
             **{"policy": "backward_simulation" if rollout else "noised_data", "gan_weight": a.gan},
+            "discriminator_features": "teacher",  # FastGen's
             **{"guidance_scale": a.guidance, "train_batch_size": a.batch, "mixed_precision": a.precision},
             **{"max_train_steps": never, "checkpointing_steps": never, "adam_weight_decay": 0.01},
             **{"output_dir": a.folder, "fake_score_updates": 1},
@@ -216,9 +217,10 @@ def page(a: argparse.Namespace, found: dict[tuple[str, str], list[dict[str, Any]
         "",
         GOALS,
         "",
-        "With a GAN the two do different work: FastGen's discriminator reads the frozen teacher's features, ours as in DMD2's "
-        "paper those of the fake score, which learns from it; its head is the same module. The loop around FastGen clips "
-        "as torch does; FastGen's own clipping, which looks at each gradient for NaN, is left out.",
+        "With a GAN both discriminators read the frozen teacher's features (`discriminator_features: teacher`; the default here is "
+        "DMD2's, the fake score's) with the same heads. FastGen reads the student's in the call that gives the teacher's score; "
+        "here that is a call of its own, at a level and noise of its own as in DMD2's code, up to the block that is read. The loop "
+        "around FastGen clips as torch does; FastGen's own clipping, which looks at each gradient for NaN, is left out.",
         "",
         "| | side | student, ms | ratio | fake score, ms | ratio | kept for the student's backward, MB | ratio | rows, student "
         "| rows, fake score | peak memory, MB | above what was loaded |",

@@ -20,6 +20,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 class DenoisingConfig(TrainConfig, frozen=True):
     """Training of a network on noised images, with text dropout for guidance."""
 
+    step_range = range(1, 1001)  # any: what comes out samples as its teacher, whose tables have at most 1000 levels
     student: Literal["lora", "full"] = "full"
     prompt_dropout: float = Field(0.1, ge=0, lt=1)
     weighting_scheme: Literal["none", "logit_normal"] = Field("none", description="of the levels; none: uniform")
@@ -49,6 +50,7 @@ class TSMConfig(DenoisingConfig, frozen=True):
 class LCMConfig(TrainConfig, frozen=True):
     """Consistency distillation in latents (arXiv:2303.01469, 2310.04378)."""
 
+    step_range = range(1, 9)  # the papers'; training is the same for all
     method: Literal["lcm"]
     guidance_scale: float = Field(7.5, description="of the teacher, folded into the student; 1 = none")
     guidance_scale_max: float | None = Field(

@@ -18,6 +18,7 @@ Explicit = ("reverse_kl", "huber_kl", "f_distill")
 OfRatio = ("f_distill", "uni_instruct")
 """Divergences that weigh a sample by its density ratio, which a discriminator tells."""
 Discriminator = Literal["heads", "mean"]
+DiscriminatorFeatures = Literal["fake_score", "teacher"]
 Weight = Literal["mean_gap", "alpha", "alpha_sigma", "none"]
 Policy = Literal["backward_simulation", "noised_data", "trajectory", "phases"]
 Noisy = ("trajectory", "phases")
@@ -103,7 +104,10 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
     gan_weight: float = Field(0.0, ge=0, description="of the GAN's loss in the student's, per sample; 0 = no GAN")
     discriminator_weight: float = Field(0.01, gt=0, description="of the discriminator's loss in the fake score's")
     discriminator: Discriminator = Field(
-        "heads", description="on the fake score's features: heads of its own at own levels (DMD2), or their mean (SiD)"
+        "heads", description="on features: heads of its own at own levels (DMD2), or their mean (SiD)"
+    )
+    discriminator_features: DiscriminatorFeatures = Field(
+        "fake_score", description="whose: the fake score's, which learns to tell, too, or the frozen teacher's (LADD)"
     )
     feature_blocks: list[str] | None = Field(None, min_length=1, description="read by it; default: the family's")
     gan_warmup_steps: int = Field(0, ge=0, description="iterations before the student feels the discriminator")
@@ -130,6 +134,16 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
                 f"{self.divergence}, whose F - x0 needs the student's own denoiser; sid takes two"
             )
         return self
+
+    @field_validator("discriminator_features")
+    @classmethod
+    def _heads_learn(cls, value: str, info: ValidationInfo) -> str:
+        if value == "teacher" and info.data.get("discriminator") == "mean":
+            raise ValueError(
+                "discriminator mean has no weights of its own, and the teacher's stand still: nothing would learn to tell "
+                "real from fake; set discriminator: heads"
+            )
+        return value
 
     @model_validator(mode="after")
     def _noisy_points(self) -> DistributionMatchingConfig:
@@ -205,7 +219,7 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
 
     @property
     def discriminates(self) -> bool:
-        """Whether the fake score carries a discriminator, which needs images."""
+        """Whether the fake score's role owns a discriminator, which needs images."""
         return self.gan_weight > 0 or self.divergence in OfRatio
 
     @property

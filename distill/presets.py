@@ -125,6 +125,7 @@ class TDMConfig(DistributionMatchingConfig, frozen=True):
 class PhasedDMDConfig(DistributionMatchingConfig, frozen=True):
     """DMD in subintervals of the noise levels, a network of the teacher or a LoRA for each (arXiv:2510.27684)."""
 
+    step_range = range(2, 5)  # a phase has a step at least
     method: Literal["phased_dmd"]
     policy: Policy = "phases"
     guidance_scale: float = 4.0

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from fewstep.distill.family_config import DistributionMatchingConfig, Explicit
+from fewstep.distill.family_config import DistributionMatchingConfig, OfRatio
 
 
 class DisBackConfig(DistributionMatchingConfig, frozen=True):
@@ -33,10 +33,9 @@ class DisBackConfig(DistributionMatchingConfig, frozen=True):
     def _path(self) -> DisBackConfig:
         if self.nodes == 0:
             return self
-        if self.divergence not in Explicit or self.policy == "phases":
-            what = f"divergence {self.divergence}" if self.policy != "phases" else "policy phases"
+        if self.policy == "phases":
             raise ValueError(
-                f"nodes {self.nodes}: not with {what}; a path is for {', '.join(Explicit)}, and for one network"
+                f"nodes {self.nodes}: not with policy phases: a path is of one network, each phase has its own"
             )
         at = self.record_steps
         if len({0, *at}) <= self.nodes:
@@ -49,10 +48,10 @@ class DisBackConfig(DistributionMatchingConfig, frozen=True):
                 f"nodes {self.nodes}: the teacher is the target from iteration {self.arrival}, and max_train_steps is "
                 f"{self.max_train_steps}: the student would never learn it"
             )
-        if self.divergence == "f_distill" and self.gan_warmup_steps < self.arrival:
+        if self.divergence in OfRatio and self.gan_warmup_steps < self.arrival:
             raise ValueError(
-                f"gan_warmup_steps {self.gan_warmup_steps}: f_distill's ratio is of the teacher, which is the target from "
-                f"iteration {self.arrival}; give at least that"
+                f"gan_warmup_steps {self.gan_warmup_steps}: {self.divergence}'s ratio is of the teacher, which is the target "
+                f"from iteration {self.arrival}; give at least that"
             )
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
@@ -25,6 +25,9 @@ def above(value: float | None, info: ValidationInfo, key: str) -> float | None:
 
 class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf_nan=False):
     """What every method takes."""
+
+    step_range: ClassVar[range] = range(1, 5)
+    """Step counts that the method takes, of which a config declares some."""
 
     method: str
     name: str = Field("run", description="run folder under output_dir")
@@ -133,6 +136,14 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
         if value is not None and info.data.get("student_config") is not None:
             raise ValueError("has its own network; give student_config or student_init, not both")
         return value
+
+    @field_validator("steps", "step_counts", check_fields=False)
+    @classmethod
+    def _taken(cls, counts: list[int], info: ValidationInfo) -> list[int]:
+        if not all(count in cls.step_range for count in counts):
+            first, last = cls.step_range[0], cls.step_range[-1]
+            raise ValueError(f"method {info.data.get('method')} takes {first} to {last}")
+        return counts
 
     @field_validator("name")
     @classmethod

@@ -69,14 +69,15 @@ class DisBack(DistributionMatching):
         self.path = {k: v for k, v in self.path.items() if k <= node}
 
     def scale_at(self, node: int, scale: float | Tensor | None) -> float | Tensor | None:
-        """The target's guidance, none at node N, where it would part it from the fake score, and all at the teacher.
+        """The target's guidance: at node N the fake score's own, from which any other would part it; all at the teacher.
 
         A network that is told the scale learned its path at the one that the student is told.
         """
         if node == 0 or self.guidance is not None:
             return scale
         scale = self.config.guidance_scale if scale is None else scale
-        return 1 + (scale - 1) * (1 - node / self.config.nodes)
+        own = self.config.fake_guidance_scale
+        return own + (scale - own) * (1 - node / self.config.nodes)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {f"{FILE}{node}": weights for node, weights in self.path.items()}

@@ -66,8 +66,10 @@ class DistributionMatching(Distiller):
         self.discriminator: adversarial.Discriminator | None = None
         if config.discriminates:
             shape = networks.base.latent_shape(config.height, config.width, config.num_frames)
+            blocks, of_teacher = config.feature_blocks or (), config.discriminator_features == "teacher"
+            read = self.teacher.denoiser if of_teacher else None
             self.discriminator = adversarial.discriminator(
-                self.fake_score, config.discriminator, config.feature_blocks or (), config.seed, shape
+                self.fake_score, config.discriminator, blocks, config.seed, shape, read
             )
 
     def roles(self) -> dict[str, Role]:
@@ -203,7 +205,7 @@ class DistributionMatching(Distiller):
     def discrimination(
         self, discriminator: adversarial.Discriminator, batch: Batch, draws: Draws, condition: Condition
     ) -> Losses:
-        """The student's samples against real images, one batched call; its gradient reaches the fake score, too.
+        """The student's samples against real images, one batched call; its gradient reaches the fake score, if that is read.
 
         Both are told the same, the sample's size included: an image's own `size_ids` would give it away.
         """
@@ -245,7 +247,9 @@ class DistributionMatching(Distiller):
         return condition.with_guidance(self.guidance if number is None else number)
 
     def told(self, condition: Condition, point: Point | None = None) -> Condition:
-        """What the discriminator is told: a fake score trained without prompts is not told one there."""
+        """What the discriminator is told: a fake score trained without prompts is not told one there, a teacher always."""
+        if self.config.discriminator_features == "teacher":
+            return condition.with_guidance(self.guidance)
         condition = self.told_fake(condition, point)
         return condition.unconditional() if self.config.fake_train_guidance_scale == 0 else condition
 

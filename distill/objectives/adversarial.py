@@ -76,35 +76,49 @@ class Discriminator:
     """Logits (B, P) of noised samples, from the features of a denoiser's blocks.
 
     Args:
-        denoiser: the fake score's.
+        denoiser: whose blocks: the fake score's or the teacher's.
         blocks: names as of `Denoiser.features`; empty for the family's own.
         heads: layers on the features; None for `mean_logits`.
+        still: the denoiser is not trained here, so that its features have a graph to the sample alone.
     """
 
-    def __init__(self, denoiser: Denoiser, blocks: Sequence[str] = (), heads: Heads | None = None):
-        self.denoiser, self.blocks, self.heads = denoiser, blocks, heads
+    def __init__(self, denoiser: Denoiser, blocks: Sequence[str] = (), heads: Heads | None = None, still: bool = False):
+        self.denoiser, self.blocks, self.heads, self.still = denoiser, blocks, heads, still
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        features = self.denoiser.features(x_t, t, condition, self.blocks)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (x_t.requires_grad or not self.still)):
+            features = self.denoiser.features(x_t, t, condition, self.blocks)
         return mean_logits(features) if self.heads is None else self.heads(features)
 
 
 def discriminator(
-    role: Role, kind: str, blocks: Sequence[str], seed: int, shape: tuple[int, ...] | None = None
+    role: Role,
+    kind: str,
+    blocks: Sequence[str],
+    seed: int,
+    shape: tuple[int, ...] | None = None,
+    teacher: Denoiser | None = None,
 ) -> Discriminator:
     """The discriminator of a fake score; `heads` are made from one call, and are the role's to train and to keep.
 
-    `shape`: of one sample, which the heads are made for; default: the pipeline's own.
+    Args:
+        role: the fake score.
+        kind: `heads` or `mean`.
+        blocks: see `Discriminator`.
+        seed: of the heads' weights.
+        shape: of one sample, which the heads are made for; default: the pipeline's own.
+        teacher: whose features are read in the place of the role's own (FastGen; LADD, arXiv:2403.12015).
     """
     if kind == "mean":
         return Discriminator(role.denoiser, blocks)
-    x = torch.zeros(1, *(shape or role.denoiser.latent_shape()), device=role.denoiser.device)
+    read = teacher or role.denoiser
+    x = torch.zeros(1, *(shape or read.latent_shape()), device=read.device)
     with torch.no_grad():
-        condition = role.denoiser.encode([""]).to(x.device)
-        heads = Heads(role.denoiser.features(x, torch.ones(1), condition, blocks), seed).to(x.device)
+        condition = read.encode([""]).to(x.device)
+        heads = Heads(read.features(x, torch.ones(1), condition, blocks), seed).to(x.device)
     role.modules["discriminator"] = heads
     role.parameters |= {f"discriminator.{k}": p for k, p in heads.named_parameters()}
-    return Discriminator(role.denoiser, blocks, heads)
+    return Discriminator(read, blocks, heads, still=teacher is not None)
 
 
 def generator_loss(logits: Tensor) -> Tensor:

@@ -27,7 +27,11 @@ def calls(
     look = config.discriminates  # a call that stops at the deepest block counts as one
     graph = look and config.gan_weight > 0
     regressed = config.regression_weight > 0  # one call of the student on pairs
-    trained += 2 * look
-    both = {"forward": rollout + scores[0] + look - graph, "backward": 1 + regressed + scores[1] + graph + trained}
-    alone = {"forward": rollout + (not steps_alone), "backward": trained}
+    still = 2 * look * (config.discriminator_features == "teacher")  # fakes and real ones, for heads alone
+    trained += 2 * look - still
+    both = {
+        "forward": rollout + scores[0] + look - graph + still,
+        "backward": 1 + regressed + scores[1] + graph + trained,
+    }
+    alone = {"forward": rollout + (not steps_alone) + still, "backward": trained}
     return {"student and fake_score": both, "fake_score": alone}

@@ -41,6 +41,7 @@ def test_papers_of_a_run_and_of_its_student(tmp_path: Path, method: str, student
         ({"regression_weight": 0.25, "policy": "backward_simulation"}, ["tdm", "dmd"]),
         ({"gan_weight": 0.01, "discriminator": "heads"}, ["tdm", "dmd2"]),
         ({"gan_weight": 0.01, "discriminator": "mean"}, ["tdm"]),
+        ({"gan_weight": 0.01, "discriminator": "heads", "discriminator_features": "teacher"}, ["tdm", "dmd2", "ladd"]),
         ({"student_init": "runs/tsm", "regression_weight": 0.0, "gan_weight": 0.0}, ["tdm", "msd"]),
         ({"student_config": {"layers_per_block": 1}}, ["tdm", "msd"]),
     ],
@@ -53,7 +54,7 @@ def test_what_a_config_adds_is_cited(tmp_path: Path, added: dict, keys: list[str
 
 def test_every_method_is_known():
     assert BEHIND.keys() == METHODS.keys()
-    assert {key for m in METHODS for key in papers(m, "lora", 2)} | {"progressive"} == PAPERS.keys()
+    assert {key for m in METHODS for key in papers(m, "lora", 2)} | {"progressive", "ladd"} == PAPERS.keys()
     assert papers("dmd2", "full", 2) == ("msd", *papers("dmd2", "full", 1))
 
 

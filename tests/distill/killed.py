@@ -30,7 +30,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     # dropout draws from torch's own generator
     "pretrain-full": {"train_text_encoder": True, "snr_gamma": 5.0},
     "lcm-full": {"steps": [1, 2], "mixed_precision": "bf16"},
-    "dmd2-lora": {"steps": [1, 2], "fake_score_updates": 2, "fake_score_learning_rate": 0.02, "preflight": True},
+    "dmd2-lora": {
+        **{"steps": [1, 2], "fake_score_updates": 2, "fake_score_learning_rate": 0.02, "preflight": True},
+        **{"gan_weight": 0.1, "discriminator_features": "teacher"},
+    },
     "disback-full": {**PATH, "policy": "trajectory", "divergence": "huber_kl", "steps": [2]},
     # the second phase begins in iteration 4
     "phased_dmd-lora": {"steps": [2], "fake_score_updates": 2, "fake_score_warmup_steps": 1},

@@ -36,6 +36,7 @@ def mistakes(values: object, *overrides: str) -> list[str]:
         ({"steps": [4, 0]}, "config: steps.1: Input should be greater than 0; got 0"),
         ({"guidance_scale_max": 7.5}, "config: guidance_scale_max: must exceed guidance_scale 7.5; got 7.5"),
         # the default of one key may contradict what another is set to
+        ({"steps": [1, 9]}, "config: steps: method lcm takes 1 to 8; got [1, 9]"),
         ({"num_ode_steps": 4}, "config: steps: must be at most num_ode_steps 4; got [1, 2, 4, 8]"),
         ({"method": "dmd2", "min_level": 0.99}, "config: max_level: must exceed min_level 0.99; got 0.98"),
         (
@@ -51,6 +52,19 @@ def mistakes(values: object, *overrides: str) -> list[str]:
 )
 def test_a_mistake_is_one_line(changes: dict, line: str):
     assert mistakes(GOOD | changes) == [line]
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_method_takes_its_own_step_counts(method: str):
+    """The family 1 to 4, of phases 2 at least, lcm 1 to 8, and what samples as its teacher does any; all others are refused."""
+    first, last = {"phased_dmd": (2, 4), "lcm": (1, 8), "pretrain": (1, 1000), "tsm": (1, 1000)}.get(method, (1, 4))
+    key = "step_counts" if last == 1000 else "steps"
+    alone = {"regression_weight": 0.0} if method == "dmd" else {}  # which is of one step
+    for count in (first, last):
+        load_config({"method": method, "teacher": "x", key: [count], **alone})
+    for counts in ([last + 1], [first, last + 1], *([[1]] if first > 1 else [])):
+        said = f"config: {key}: method {method} takes {first} to {last}; got {counts}"
+        assert mistakes({"method": method, "teacher": "x", key: counts}) == [said]
 
 
 def test_a_missing_key_says_what_it_is():

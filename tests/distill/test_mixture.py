@@ -17,6 +17,7 @@ from torch import Tensor
 from fewstep.distill.distiller import Batch, Pairs
 from fewstep.distill.methods.distribution_matching import DistributionMatching
 from fewstep.distill.networks import Networks
+from fewstep.distill.objectives.f_divergence import density_ratio
 from fewstep.distill.pairs import teacher_plan
 from fewstep.distill.run import methods_distiller
 from fewstep.samplers.noise import Flow
@@ -49,7 +50,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def made(folder: Path, name: str, **changes: Any) -> tuple[MixtureTeacher, DistributionMatching]:
+# a ratio is one number a sample: of images of 2 x 2 points it is far from 1, of 8 x 8 it would hardly be told
+OF_RATIO: dict[str, Any] = {
+    **{**LEVEL, "train_data": "in memory", "train_batch_size": 64, "gan_warmup_steps": 50},
+    **{"discriminator": "heads", "discriminator_weight": 1.0},
+}
+
+
+def made(folder: Path, name: str, side: int = 8, **changes: Any) -> tuple[MixtureTeacher, DistributionMatching]:
     """A preset, unguided: then the target is the teacher's own law."""
     settings = {
         **{"method": name, "student": "full", "train_batch_size": 8, "max_train_steps": N, "lr_scheduler": "cosine"},
@@ -58,7 +66,7 @@ def made(folder: Path, name: str, **changes: Any) -> tuple[MixtureTeacher, Distr
         **{"fake_score_updates": 1, "fake_score_warmup_steps": 0, "prompt_dropout": 0.0},
         **{"fake_score_prompt_dropout": 0.0, "logging_steps": 10**6, "checkpointing_steps": 10**6},
     }
-    teacher = MixtureTeacher(Flow(), MEANS, STD, boundary=0.501 if name == "phased_dmd" else None)
+    teacher = MixtureTeacher(Flow(), MEANS, STD, side, boundary=0.501 if name == "phased_dmd" else None)
     method = methods_distiller(config(folder, **(settings | changes)), Networks(teacher, "full"))
     assert isinstance(method, DistributionMatching)
     return teacher, method
@@ -132,6 +140,32 @@ def test_a_trained_student_has_the_moments_and_all_modes(name: str, tmp_path: Pa
     assert mean < 0.2
     assert (variances - 1).abs().max() < 0.3
     assert shares(last).min() > 0.5
+
+
+@pytest.mark.parametrize(
+    "parts", [{"divergence": "f_distill", "f": "kl", "gan_weight": 0.0}, {"exact_divergence": True, "f": "js"}], ids=str
+)
+def test_a_ratio_weighs_and_all_modes_are_there(parts: dict[str, Any], tmp_path: Path):
+    """f-distill of the forward KL and the exact form, whose ratio a discriminator tells: the same bounds.
+
+    Over two seeds the largest errors were 0.06 and 15%, the smallest share 0.75; the ratio's deviation 0.2 or more.
+    """
+    teacher, method = made(tmp_path, "uni_instruct", side=2, **OF_RATIO, **parts)
+    data = teacher.draw(256, torch.Generator().manual_seed(5))
+    trainer(method.config, method, data, teacher.encode([""] * 256)).run()
+    last, together = points(method, teacher)
+    mean, variances = moments(together)
+    assert mean < 0.2
+    assert (variances - 1).abs().max() < 0.3
+    assert shares(last).min() > 0.5
+    assert method.discriminator is not None
+    t = torch.full((256,), 0.4)
+    x_t = method.noise.add(
+        last[:1024].reshape(256, 2, 2, 2).movedim(-1, 1), randn(data.shape, generators(range(256))), t
+    )
+    with torch.no_grad():
+        ratio = density_ratio(method.discriminator(x_t, t, teacher.encode([""] * 256)), t)
+    assert ratio.std() > 0.1
 
 
 @pytest.mark.parametrize("divergence", ["reverse_kl", "f_distill"])

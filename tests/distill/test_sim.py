@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.distill.objectives import implicit
-from fewstep.distill.objectives.divergence import sim
+from fewstep.distill.objectives.divergence import reverse_kl, sim
 from tests.distill.exact import SHIFT, Laws, exact, gaussian, levels, moments, on_the_sample, prompts_of, rows
 from tests.distill.gaussian import PROCESSES, Teacher, method
 
@@ -79,10 +79,12 @@ def test_the_norm_is_of_the_whole_sample(tmp_path: Path):
     assert torch.allclose(d, wanted.expand(2, 2, 2), rtol=1e-5)
 
 
+@pytest.mark.parametrize("of_a_law", [True, False])
 @pytest.mark.parametrize(("distance", "c"), [("squared", 1.0), ("pseudo_huber", 0.3), ("power", 0.3)])
-def test_the_identity_on_a_student_that_is_no_gaussian(distance: str, c: float):
+def test_the_identity_on_a_student_that_is_no_gaussian(distance: str, c: float, of_a_law: bool):
     """A student of seven atoms x_i = g_i(theta), a teacher of two: exact denoisers, eps by quadrature, one level.
 
+    Or a target that is the denoiser of no law, which would grow with x_t: what a node of DisBack's path may be.
     The potential's gradient in theta is that of E d(F_theta(x_t) - R(x_t)) with the x_t held where they are. With the
     slope d' taken for a constant it is another number, unless d is squared.
     """
@@ -96,6 +98,9 @@ def test_the_identity_on_a_student_that_is_no_gaussian(distance: str, c: float):
     def denoiser(x_t: Tensor, atoms: Tensor) -> Tensor:
         shares = torch.softmax(-((x_t[:, None] - alpha * atoms) ** 2) / (2 * sigma**2), 1)
         return shares @ atoms
+
+    def target(x_t: Tensor) -> Tensor:
+        return denoiser(x_t, modes) if of_a_law else -(3 * x_t).sin()
 
     def potential(x: Tensor, r: Tensor, f: Tensor) -> Tensor:
         return sim(x, r, f, distance, c, 1.5) * weight[:, None]
@@ -119,12 +124,12 @@ def test_the_identity_on_a_student_that_is_no_gaussian(distance: str, c: float):
         potential,
         x0[:, None],
         lambda x: alpha * x + sigma * eps[:, None],
-        lambda x: denoiser(x[:, 0], modes)[:, None],
+        lambda x: target(x[:, 0])[:, None],
         lambda x: denoiser(x[:, 0], held)[:, None],
     )
     parameters = theta.clone().requires_grad_()
     x_t = alpha * x0 + sigma * eps
-    value = (weight * d_of(denoiser(x_t, atoms(parameters)) - denoiser(x_t, modes))).sum()
+    value = (weight * d_of(denoiser(x_t, atoms(parameters)) - target(x_t))).sum()
     (wanted,) = torch.autograd.grad(value, parameters)
     assert (slope_of(d) - wanted).abs().max() < 1e-6 * wanted.abs().max()
 
@@ -133,10 +138,34 @@ def test_the_identity_on_a_student_that_is_no_gaussian(distance: str, c: float):
         lambda x, r, f: slope / (f - r).detach() * (f - r) * (x - f) * weight[:, None],
         x0[:, None],
         lambda x: alpha * x + sigma * eps[:, None],
-        lambda x: denoiser(x[:, 0], modes)[:, None],
+        lambda x: target(x[:, 0])[:, None],
         lambda x: denoiser(x[:, 0], held)[:, None],
     )
     assert torch.allclose(slope_of(frozen), wanted, rtol=1e-3) is (distance == "squared")
+
+
+@pytest.mark.parametrize("distance", ["squared", "pseudo_huber", "power"])
+def test_without_the_networks_inputs_it_would_be_dmd(distance: str):
+    """Under no_grad the gradient is d'(F - R), along DMD's F - R in every sample, which SIM's is not."""
+    x0, r, f = (torch.randn(2, 8, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
+
+    def potential(x: Tensor, r: Tensor, f: Tensor) -> Tensor:
+        return sim(x, r, f, distance, 0.3, 1.5)
+
+    def teacher(x_t: Tensor) -> Tensor:
+        return r + 0.7 * x_t.tanh()
+
+    def fake(x_t: Tensor) -> Tensor:
+        return f + 0.2 * x_t.square()
+
+    found, *scores = implicit.direction(potential, x0, lambda x: 0.8 * x, teacher, fake)
+    held = [torch.no_grad()(network) for network in (teacher, fake)]
+    d, *_ = implicit.direction(potential, x0, lambda x: 0.8 * x, *held, split=False)
+    dmd = reverse_kl(*scores)
+    size = dmd.square().mean(1, keepdim=True) + 0.09
+    factor = {"squared": 2.0, "pseudo_huber": size**-0.5, "power": 1.5 * size**-0.25}[distance]
+    assert torch.allclose(d, factor * dmd, rtol=1e-12)
+    assert (torch.cosine_similarity(found, d, 1) < 0.97).all()
 
 
 def test_a_distance_that_grows_is_the_squared_one(tmp_path: Path):

@@ -90,23 +90,33 @@ def fake(x_t: Tensor) -> Tensor:
     return M + K**2 / Q * (x_t / ALPHA - M)
 
 
+def draws() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z and eps on a grid, their masses, and the exact ratio at x_t of the student M + K z."""
+    z, mass = (v[..., None] for v in line(401))
+    z, eps = z.repeat_interleave(401, 0), z.repeat(401, 1)
+    ratio = log_ratio(M + K * z[:, 0] + NU * eps[:, 0], M, Q).exp()
+    return z, eps, (mass @ mass.T).reshape(-1), ratio
+
+
+def gradient(f: str, exact_form: bool) -> Tensor:
+    """Means of d and d z over z and eps, over nu^4."""
+    z, eps, mass, ratio = draws()
+    nu = torch.tensor(NU, dtype=torch.float64)
+    potential = partial(uni_instruct, ratio=weights(ratio, f), nu=nu, exact=exact_form, bound=float("inf"))
+    d, *_ = implicit.direction(potential, M + K * z, lambda x: ALPHA * (x + NU * eps), teacher, fake)
+    return torch.stack([(mass * d[:, 0]).sum(), (mass * d[:, 0] * z[:, 0]).sum()]) / NU**4
+
+
 @pytest.mark.parametrize("f", F)
 def test_the_exact_gradient_is_that_of_the_expanded_divergence(f: str):
     """Student M + K z at one level: means of d and d z over z and eps are dI/dm and dI/dk, times nu^4."""
-    z, mass = (v[..., None] for v in line(401))
-    z, eps = z.repeat_interleave(401, 0), z.repeat(401, 1)
-    mass = (mass @ mass.T).reshape(-1)
-    x0 = M + K * z
-    ratio = log_ratio(x0[:, 0] + NU * eps[:, 0], M, Q).exp()
-    potential = partial(
-        uni_instruct, ratio=weights(ratio, f), nu=torch.tensor(NU, dtype=torch.float64), exact=True, bound=float("inf")
-    )
-    d, *_ = implicit.direction(potential, x0, lambda x: ALPHA * (x + NU * eps), teacher, fake)
-    found = torch.stack([(mass * d[:, 0]).sum(), (mass * d[:, 0] * z[:, 0]).sum()]) / NU**4
+    found = gradient(f, exact_form=True)
     wanted, at_level = divergences(f)
     assert torch.allclose(found, wanted, rtol=1e-6)
 
     # f-distill: h (F - R) / nu^2 is the gradient of D_f at this level
+    z, eps, mass, ratio = draws()
+    x0 = M + K * z
     r, fk = teacher(ALPHA * (x0 + NU * eps)), fake(ALPHA * (x0 + NU * eps))
     d = weights(ratio, f)[0][:, None] * reverse_kl(r, fk) / NU**2
     found = torch.stack([(mass * d[:, 0]).sum(), (mass * d[:, 0] * z[:, 0]).sum()])
@@ -118,6 +128,49 @@ def test_the_published_form():
     x0, r, f = (torch.randn(3, 4, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
     ones = weights(torch.ones(3).double(), "rkl")
     assert torch.allclose(uni_instruct(x0, r, f, ones, torch.ones(3, 1), exact=False), sid(x0, r, f, 1.0))
+
+
+def test_the_published_form_at_the_exact_ratio():
+    """Of kl, h = r turns means over the student into means over the teacher. With D = m - mu, s_p and s_q the two scores at y,
+
+    d / nu^2 = h [(s_p - s_q)' eta - nu^2 (s_p - s_q) / Q], E[eta | y] = 0, E[eta z | y] = -k nu^2 / Q, E[z | y] = k (y - m) / Q:
+    E d / nu^4 = -E_p(s_p - s_q) / Q = D / Q^2, half the exact form's dI/dm = 2 D / Q^2, and
+    E d z / nu^4 = k (1/P - 1/Q) / Q - k ((P + D^2) / Q - 1) / Q^2, which is not half of dI/dk: h is held.
+    Of rkl, h = 1: D / (P Q) and 2 k (1/P - 1/Q) / Q. Of jf, h = 1 + r: the sum of the two.
+    """
+    D = M - MU
+    kl = torch.tensor([D / Q**2, K * (1 / P - 1 / Q) / Q - K * ((P + D**2) / Q - 1) / Q**2]).double()
+    rkl = torch.tensor([D / (P * Q), 2 * K * (1 / P - 1 / Q) / Q]).double()
+    for f, wanted in (("kl", kl), ("rkl", rkl), ("jf", kl + rkl)):
+        assert torch.allclose(gradient(f, exact_form=False), wanted, rtol=1e-6), f
+    half = gradient("kl", exact_form=True) / 2
+    assert torch.allclose(half[0], kl[0], rtol=1e-6)
+    assert abs(half[1] / kl[1] - 1) > 0.1
+
+
+@pytest.mark.parametrize("f", ["kl", "js", "pearson"])
+def test_without_the_networks_inputs_it_would_be_f_distill(f: str):
+    """Under no_grad the published form is h (F - R), the exact one along it, too: neither is Uni-Instruct's."""
+    x0, r, fk = (torch.randn(2, 8, generator=torch.Generator().manual_seed(i)).double() for i in range(3))
+    ratio = weights(torch.tensor([0.6, 1.7]).double(), f)
+
+    def teacher(x_t: Tensor) -> Tensor:
+        return r + 0.7 * x_t.tanh()
+
+    def fake(x_t: Tensor) -> Tensor:
+        return fk + 0.2 * x_t.square()
+
+    for exact_form in (False, True):
+        potential = partial(uni_instruct, ratio=ratio, nu=torch.tensor(NU), exact=exact_form)
+        found, *scores = implicit.direction(potential, x0, lambda x: 0.8 * x, teacher, fake)
+        held = [torch.no_grad()(network) for network in (teacher, fake)]
+        d, *_ = implicit.direction(potential, x0, lambda x: 0.8 * x, *held, split=False)
+        distilled = ratio[0][:, None] * reverse_kl(*scores)
+        assert torch.allclose(torch.cosine_similarity(d, distilled, 1), torch.ones(2).double(), rtol=1e-12)
+        assert torch.allclose(d, distilled, rtol=1e-12) is not exact_form
+        # half of f_distill's own size, at least; the exact form's push along it, bounded by 10, is larger than both
+        assert ((found - d).norm(dim=1) > 0.5 * distilled.norm(dim=1)).all()
+        assert exact_form or (torch.cosine_similarity(found, d, 1) < 0.97).all()
 
 
 def test_density_ratio():
