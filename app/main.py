@@ -177,6 +177,7 @@ def methods(debug: Debug = False) -> None:
         "\nnetworks: held in memory, in units of the teacher's; as LoRA one base + the LoRAs on it"
         "\nforwards / backwards: rows through a network over the batch, in an iteration where all step, or one"
         "\nwithout the student"
+        f"\nsteps: {tables.steps()}"
     )
 
 

@@ -81,6 +81,13 @@ def methods() -> list[list[str]]:
     return table
 
 
+def steps() -> str:
+    """The step counts that methods take, those that differ from most named."""
+    usual = TrainConfig.step_range
+    others = [(n, c.step_range) for n, c in sorted(METHODS.items()) if c.step_range != usual]
+    return ", ".join([f"{usual[0]} to {usual[-1]}", *(f"{name} {r[0]} to {r[-1]}" for name, r in others)])
+
+
 def family_of(cls: type[Distiller]) -> str:
     """The loop that a method is a setting of, by the name of its file."""
     loop = cls.mro()[cls.mro().index(Distiller) - 1]

@@ -34,6 +34,7 @@ def test_methods(fewstep: Callable[..., Answer]):
     found = fewstep("methods").out
     assert all(name in found for name in METHODS)
     assert max(map(len, found.splitlines())) <= WIDTH
+    assert "steps: 1 to 4, lcm 1 to 8, phased_dmd 2 to 4, pretrain 1 to 1000, tsm 1 to 1000\n" in found
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
