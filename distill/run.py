@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 
 from fewstep.distill import cache, efficiency, in_training, report, safeguards, sharding
 from fewstep.distill import data as data_sets
+from fewstep.distill.alarm import sample_alarm
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import ConfigError, TrainConfig, load_config
 from fewstep.distill.data import DataSet
@@ -214,7 +215,8 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         pairs,
     )
     trainer = Trainer(config, accelerator, method, batches, record)
-    trainer.alarm.reference = reference if config.collapse_alarm else None
+    if config.collapse_alarm:
+        trainer.alarm.reference, trainer.samples = reference, sample_alarm(config, method, batches, record)
     if judged is not None and accelerator.is_main_process:
         steps = in_training.steps_of(config, method.step_counts)
         trainer.judge = in_training.InTraining(config, *judged, plans[steps], shape)
