@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of, load
 from tests.distill.runs import config, metrics, write_images
 from tests.distill.test_networks import ask, gradients, three
-from tests.pipelines import tiny_stable_diffusion, tiny_wan
+from tests.pipelines import tiny_dit, tiny_stable_diffusion, tiny_wan
 
 SMALL = {"max_train_steps": 3, "train_batch_size": 2, "checkpointing_steps": 3, "steps": [2], "method": "dmd2"}
 GAN = {"gan_weight": 0.01, "fake_score_updates": 2}
@@ -121,6 +122,31 @@ def test_compiled_networks_follow_their_adapter():
     assert all(a.equal(b) for a, b in zip(got, expected, strict=True))
     assert not expected[0].equal(expected[2])
     assert len(frames) >= 3
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_compiled_networks_train_the_same_bits(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Two iterations of student, fake score and teacher by `train`; what dynamo captures is run as it is, uncompiled."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = efficiency.compiled
+    monkeypatch.setattr(efficiency, "compiled", lambda network: compiled(network, backend))  # type: ignore[arg-type]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # what `refuse` tries
+    torch._dynamo.reset()
+    (tmp_path / "prompts.txt").write_text("golden retriever\n7\n")
+    changes = {"student": kind, "rank": 2, "train_data": None, "prompts": str(tmp_path / "prompts.txt"), "steps": [1]}
+    changes |= {"fake_score_updates": 1, "max_train_steps": 2, "train_batch_size": 2, "guidance_scale": 2.0}
+    changes |= {"method": "dmd2", "preflight": False}
+    runs = []
+    for on in (False, True):
+        folder = train(config(tmp_path, **changes, compile=on, name=str(on)), teacher=denoiser_of(tiny_dit()))
+        runs.append((metrics(folder), (folder / "checkpoints/step-000002/manifest.json").read_text()))
+        assert bool(graphs) == on
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
