@@ -29,6 +29,7 @@ from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import class_of, family, load, parts, resolve
 from fewstep.samplers.manifest import holds_lora
+from fewstep.samplers.skeleton import networks as networks_alone
 from fewstep.samplers.stock import stock
 from fewstep.samplers.student import Manifest, fingerprint, save_student
 
@@ -135,6 +136,10 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=str(config.run_dir)
     )
     sharding.refuse_launch(config, accelerator)
+    bare = teacher.networks.values() if teacher is not None else None
+    efficiency.refuse_here(
+        config, accelerator, lambda: bare or networks_alone(config.teacher, config.revision, backbone.network_names)
+    )
     record = Record(config, accelerator)
     record.open(resume)
     if resume and record.finished():

@@ -50,9 +50,6 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, accelerator: Accelerator, method: Distiller, batches: Batches, record: Record
     ):
-        if config.mixed_precision == "fp16" and accelerator.scaler is None:
-            # accelerate would train in float32 without a word
-            raise UserError("mixed_precision fp16: needs a GPU; on this device use bf16 or no")
         self.config, self.accelerator, self.method = config, accelerator, method
         self.sharded = config.sharding_strategy == "full_shard"
         self.batches, self.record, self.alarm = batches, record, CollapseAlarm(None)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.distill import efficiency
+from fewstep.distill import efficiency, run
 from fewstep.distill.config import ConfigError
 from fewstep.distill.networks import Networks, require_grad
 from fewstep.distill.run import refuse, train
@@ -251,6 +251,36 @@ def test_a_quantised_base_is_diffusers_own(settings: Callable[..., Any], monkeyp
         settings(quantization_config="int8", student="full")
     with pytest.raises(UserError, match="quantization_config: weights are quantised while they load"):
         efficiency.cast_base(settings(quantization_config="int8"), teacher())
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ({"mixed_precision": "fp16"}, "^mixed_precision fp16: needs a GPU; on this device use bf16 or no$"),
+        ({"attention": "xformers"}, "^attention xformers: needs a GPU; attention: sdpa runs everywhere$"),
+        ({"channels_last": True}, "^channels_last: WanTransformer3DModel is no network of 2D convolutions"),
+        ({"gradient_checkpointing": True}, "^gradient_checkpointing: WanTransformer3DModel does not support it"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_what_networks_cannot_do_is_refused_before_weights_load(
+    key: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a folder from its configs, which is all that is left of it; of a teacher in memory before it is sampled."""
+    from diffusers import WanTransformer3DModel
+
+    made = tiny_wan(tmp_path / "teacher")
+    for weights in (tmp_path / "teacher").rglob("*.safetensors"):
+        weights.unlink()
+    monkeypatch.setattr(WanTransformer3DModel, "_supports_gradient_checkpointing", False)
+    monkeypatch.setattr(run, "load", None)
+    monkeypatch.setattr(run.safeguards, "preflight", None)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    asked = {"method": "dmd2", "train_data": None, "prompts": str(tmp_path / "prompts.txt"), **key}
+    for source, memory in ((tmp_path / "teacher", None), ("in memory", denoiser_of(made))):
+        with pytest.raises(UserError, match=message):
+            train(config(tmp_path, teacher=str(source), **asked), teacher=memory)
+    assert not (tmp_path / "run").exists()
 
 
 def test_compile_is_tried_before_weights_load(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
