@@ -35,7 +35,7 @@ PATIENCE = 20
 TIMES = 8.0
 """Of the reference: a spread over it is of samples that have come apart. The teacher's few steps may be blurred and narrow."""
 ROWS = 4
-"""Samples that are looked at, two at least; of smaller batches as many as a batch has."""
+"""Samples that are looked at; of iterations of fewer rows as many, two at least."""
 STEPS = 4
 """A student's samples are of its smallest step count from here on: in one step students start far too narrow or wide."""
 LOOKS = 2
@@ -189,7 +189,8 @@ def sample_alarm(config: TrainConfig, method: Distiller, batches: Batches, recor
     """
     roles, data, at_once = method.roles(), batches.data, config.train_batch_size
     student, teacher = roles["student"].denoiser, roles.get("teacher")
-    rows = min(max(at_once, 2), ROWS)
+    one = at_once * config.gradient_accumulation_steps  # of an iteration, in each process
+    rows = min(max(one * batches.world, 2), ROWS)
     plan = _thinned(method.plan(min((k for k in method.step_counts if k >= STEPS), default=max(method.step_counts))))
     captions = [i for i, caption in enumerate(data.captions) if caption][:rows] or [0]
     captions = captions[:1] * rows if teacher else (captions * rows)[:rows]
@@ -208,7 +209,7 @@ def sample_alarm(config: TrainConfig, method: Distiller, batches: Batches, recor
     def real() -> Tensor:
         assert batches.latents is not None
         first = data.bucket_of[0]
-        return batches.latents[[i for i in range(len(data)) if data.bucket_of[i] == first][:64]]
+        return batches.latents[[i for i in range(len(data)) if data.bucket_of[i] == first][:16]]
 
     calls, compare = rows * plan.nfe, real
     looks = (LOOKS + 1) * calls
@@ -219,7 +220,7 @@ def sample_alarm(config: TrainConfig, method: Distiller, batches: Batches, recor
         compare = lambda: drawn(teacher.denoiser, theirs)  # noqa: E731
     update = min(c["forward"] + BACKWARD * c["backward"] for c in method.forwards().values())
     # the shortest run that is watched has LOOKS + 1 of them: they and the teacher's samples are within the budget
-    every = math.ceil(looks / (LOOKS * BUDGET * update * at_once * config.gradient_accumulation_steps))
+    every = math.ceil(looks / (LOOKS * BUDGET * update * one))
     if config.max_train_steps <= LOOKS * every:
         return None
     alone = config.sharding_strategy == "no_shard"
