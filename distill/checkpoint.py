@@ -151,12 +151,12 @@ def meta(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "meta.json").read_text())
 
 
-def prune(folder: Path, newest: Path, limit: int, keep: Path | None = None, good: Path | None = None) -> None:
-    """Delete all but the last `limit` checkpoints up to `newest`, never `keep` and `good`; later ones are torn, and go too."""
+def prune(folder: Path, newest: Path, limit: int, *keep: Path | None) -> None:
+    """Delete all but the last `limit` checkpoints up to `newest`, never those to `keep`; later ones are torn, and go too."""
     found = iterations(folder)
     last = found.index(newest)
     for checkpoint in (*found[: max(0, last + 1 - limit)], *found[last + 1 :]):
-        if checkpoint not in (keep, good):
+        if checkpoint not in keep:
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 

@@ -6,8 +6,8 @@ Nothing here changes what is trained; each part is diffusers' or torch's own, re
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -15,9 +15,12 @@ from torch import nn
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Role
 from fewstep.samplers.adapters import bare, checkpointed
-from fewstep.samplers.attention import use_attention
+from fewstep.samplers.attention import use_attention, why_not
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LOWER = {"fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES = {"fp32": torch.float32, **LOWER}
@@ -39,6 +42,32 @@ def refuse(config: TrainConfig) -> None:
             raise UserError(
                 f"compile: torch.compile fails here ({lines[0] if lines else type(error).__name__})"
             ) from error
+
+
+def refuse_here(config: TrainConfig, accelerator: Accelerator, networks: Callable[[], Iterable[nn.Module]]) -> None:
+    """UserError for what this device, or the teacher's networks, cannot do.
+
+    Args:
+        config: the run's.
+        accelerator: knows the device.
+        networks: makes the networks, weights or not; called only where a key depends on them.
+    """
+    if config.mixed_precision == "fp16" and accelerator.scaler is None:
+        # accelerate would train in float32 without a word
+        raise UserError("mixed_precision fp16: needs a GPU; on this device use bf16 or no")
+    kernel = config.attention not in ("auto", "sdpa")
+    if not (kernel or config.channels_last or config.gradient_checkpointing):
+        return
+    found = list(networks())
+    trained = DTYPES[config.base_dtype] if config.student == "lora" else torch.float32
+    dtype = LOWER.get(config.mixed_precision, trained)
+    if kernel and (reason := why_not(found, config.attention, accelerator.device, dtype)) is not None:
+        raise UserError(f"attention {config.attention}: {reason}; attention: sdpa runs everywhere")
+    for network in found:
+        if config.channels_last:
+            _convolutional(network)
+        if config.gradient_checkpointing and not getattr(network, "_supports_gradient_checkpointing", False):
+            raise UserError(f"gradient_checkpointing: {type(network).__name__} does not support it; leave it out")
 
 
 def _bitsandbytes(key: str, instead: str) -> Any:
@@ -95,8 +124,6 @@ def apply(config: TrainConfig, roles: dict[str, Role], device: torch.device) -> 
         if config.channels_last:
             channels_last(network)
         if config.gradient_checkpointing:
-            if not getattr(network, "_supports_gradient_checkpointing", False):
-                raise UserError(f"gradient_checkpointing: {type(network).__name__} does not support it; leave it out")
             checkpointed(network)
         if config.compile:
             compiled(network)
@@ -108,10 +135,14 @@ def channels_last(network: nn.Module) -> None:
 
     UserError for a network without 2D convolutions beside the one that cuts patches.
     """
+    _convolutional(network)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _convolutional(network: nn.Module) -> None:
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != m.stride]
     if len(layers) < 2:
         raise UserError(f"channels_last: {type(network).__name__} is no network of 2D convolutions; leave it out")
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def compiled(network: nn.Module, backend: str = "inductor") -> None:

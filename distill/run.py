@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 
 from fewstep.distill import cache, efficiency, in_training, report, safeguards, sharding
 from fewstep.distill import data as data_sets
+from fewstep.distill.alarm import sample_alarm
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import ConfigError, TrainConfig, load_config
 from fewstep.distill.data import DataSet
@@ -28,6 +29,7 @@ from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import class_of, family, load, parts, resolve
 from fewstep.samplers.manifest import holds_lora
+from fewstep.samplers.skeleton import networks as networks_alone
 from fewstep.samplers.stock import stock
 from fewstep.samplers.student import Manifest, fingerprint, save_student
 
@@ -134,6 +136,10 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=str(config.run_dir)
     )
     sharding.refuse_launch(config, accelerator)
+    bare = teacher.networks.values() if teacher is not None else None
+    efficiency.refuse_here(
+        config, accelerator, lambda: bare or networks_alone(config.teacher, config.revision, backbone.network_names)
+    )
     record = Record(config, accelerator)
     record.open(resume)
     if resume and record.finished():
@@ -214,7 +220,8 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         pairs,
     )
     trainer = Trainer(config, accelerator, method, batches, record)
-    trainer.alarm.reference = reference if config.collapse_alarm else None
+    if config.collapse_alarm:
+        trainer.alarm.reference, trainer.samples = reference, sample_alarm(config, method, batches, record)
     if judged is not None and accelerator.is_main_process:
         steps = in_training.steps_of(config, method.step_counts)
         trainer.judge = in_training.InTraining(config, *judged, plans[steps], shape)

@@ -1,5 +1,5 @@
-"""What ends a run early instead of letting it waste days: a teacher that is sampled wrongly, a student that collapses, a
-teacher whose weights move. No method knows of them.
+"""What ends a run early instead of letting it waste days: a teacher that is sampled wrongly, one whose weights move, and,
+in `alarm.py`, a student that collapses. No method knows of them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.distill import checkpoint, sharding
+from fewstep.distill import sharding
 from fewstep.distill.objectives.divergence import spread
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.baseline import stock_images
@@ -33,13 +32,6 @@ ROUNDINGS = 4
 """How much more than one rounding of the condition those of the stock call's latents, one a step, may move an image."""
 CONSTANT = 0.01
 """Standard deviation over the pixels (0..1) of an image of one colour, with the noise that a decoder adds."""
-
-WINDOW = 20
-"""Student updates over which spread and gap are averaged: a value is of one batch, at one of the rollout's steps."""
-PATIENCE = 20
-"""Student updates in a row after which a collapse is believed."""
-SHARE = 0.25
-"""Of the reference: a spread under it is a collapse; one under twice as much is in doubt."""
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer type by its size in bytes."""
@@ -73,10 +65,7 @@ def preflight(
     chosen = [p for p in dict.fromkeys(prompts) if p][:2] or [""]
     chosen = chosen[:1] if len(shape) == 4 else (chosen * 2)[:2]
     seeds = list(range(len(chosen)))
-    scale = max(scale, 1.0) if teacher.takes_prompts else 1.0  # stock pipelines guide only above 1
-    plan = uniform_plan(STEPS, scale)
-    if teacher.takes_guidance:
-        plan = uniform_plan(STEPS, embedded_guidance=scale)
+    plan, scale = few_steps(teacher, scale)
     with torch.no_grad():
         condition = teacher.encode(chosen, negative)
         latents = sample(teacher, condition, plan, seeds, shape)
@@ -109,6 +98,14 @@ def preflight(
             f"its weights, its dtype and its autoencoder; {cure}"
         )
     return float(spread(latents)) if len(latents) > 1 else None
+
+
+def few_steps(teacher: Denoiser, scale: float) -> tuple[SamplingPlan, float]:
+    """A plan of few steps that its stock pipeline can follow, and its guidance scale."""
+    scale = max(scale, 1.0) if teacher.takes_prompts else 1.0  # stock pipelines guide only above 1
+    if teacher.takes_guidance:
+        return uniform_plan(STEPS, embedded_guidance=scale), scale
+    return uniform_plan(STEPS, scale), scale
 
 
 def _rounded(condition: Condition, dtype: torch.dtype) -> Condition:
@@ -168,66 +165,6 @@ def _one_dtype(teacher: Denoiser) -> Iterator[None]:
     finally:
         if vae is not None:
             pipeline.vae = vae
-
-
-class CollapseAlarm:
-    """Watches two scalars that methods log: the student's `spread` over a batch, and the `gap` between the two scores.
-
-    Both are averaged over `WINDOW` student updates. A collapse is a spread under `SHARE` of its reference while the scores
-    are further apart than the samples: a student that is right and narrow has no gap. The reference is the teacher's
-    own spread, or the highest that the student has reached where that is less, since students may start narrow.
-    Where a method logs no spread, or there is no reference, or a batch is a single row, nothing is ever said.
-
-    Args:
-        reference: the teacher's spread; None while there is none.
-    """
-
-    def __init__(self, reference: float | None):
-        self.reference = reference
-        self.window: list[tuple[int, float, float]] = []
-        self.highest = 0.0
-        self.low = 0
-        self.good = 0
-        """The last iteration of which later ones prove that its student was well."""
-
-    def look(self, iteration: int, said: Mapping[str, float], checkpoints: Path) -> None:
-        """Take in the scalars of an iteration; UserError once the student has collapsed."""
-        if self.reference is None or "student/spread" not in said:
-            return
-        self.window = [
-            *self.window[-WINDOW + 1 :],
-            (iteration, said["student/spread"], said.get("student/gap", float("inf"))),
-        ]
-        mean, gap = (sum(values) / len(self.window) for values in list(zip(*self.window, strict=True))[1:])
-        if len(self.window) < WINDOW:
-            self.good = iteration
-            return
-        self.highest = max(self.highest, mean)
-        reference = min(self.highest, self.reference)
-        if mean >= 2 * SHARE * reference:
-            self.good = self.window[0][0]
-        self.low = self.low + 1 if mean < SHARE * reference and gap >= mean else 0
-        if self.low >= PATIENCE:
-            whole, _ = checkpoint.latest(checkpoints, until=self.good)
-            kept = f"the last good checkpoint is {whole}" if whole else "no checkpoint from before is left"
-            raise UserError(
-                f"iteration {iteration}: the student has collapsed: the spread of its samples is {mean:.2g}, of {reference:.2g} "
-                f"before; {kept}, later ones are of the collapsed student. Try a lower learning_rate or more "
-                "fake_score_updates; collapse_alarm: false trains all the same"
-            )
-
-    def keep(self, checkpoints: Path) -> Path | None:
-        """While in doubt, the checkpoint that must not be pruned: the last one before the spread fell."""
-        in_doubt = bool(self.window) and self.good < self.window[0][0]
-        return checkpoint.latest(checkpoints, until=self.good)[0] if in_doubt else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """What resume needs, as JSON."""
-        return {k: v for k, v in vars(self).items() if k != "reference"}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        vars(self).update(state)
 
 
 def checksums(denoiser: Denoiser) -> dict[str, int]:

@@ -113,7 +113,7 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     )
     preflight: bool = Field(True, description="first sample the teacher here and through its stock pipeline")
     collapse_alarm: bool = Field(
-        True, description="stop when student samples collapse; its reference is the preflight's"
+        True, description="look at a few of the student's samples, and stop when they collapse"
     )
 
     @field_validator("mixed_precision", mode="before")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.distill import checkpoint, efficiency, sharding
+from fewstep.distill.alarm import CollapseAlarm, SampleAlarm
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Distiller, Losses, Role
@@ -22,7 +23,6 @@ from fewstep.distill.interrupt import Interrupted, Signals
 from fewstep.distill.networks import average_gradients, mean, require_grad, swapped, update_average
 from fewstep.distill.random import generator
 from fewstep.distill.record import Record
-from fewstep.distill.safeguards import CollapseAlarm
 from fewstep.samplers.errors import UserError
 
 NON_FINITE = "non-finite losses"
@@ -50,16 +50,13 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, accelerator: Accelerator, method: Distiller, batches: Batches, record: Record
     ):
-        if config.mixed_precision == "fp16" and accelerator.scaler is None:
-            # accelerate would train in float32 without a word
-            raise UserError("mixed_precision fp16: needs a GPU; on this device use bf16 or no")
         self.config, self.accelerator, self.method = config, accelerator, method
         self.sharded = config.sharding_strategy == "full_shard"
         self.batches, self.record, self.alarm = batches, record, CollapseAlarm(None)
+        self.samples: SampleAlarm | None = None
         self.judge: Callable[[Any], dict[str, float]] | None = None  # of the main process
         self.roles = method.roles()
-        self.iteration = 0
-        self.skipped = 0
+        self.iteration = self.skipped = 0
         self.best: tuple[float, int] | None = None
         self.worn_out = False
         self.scalars: dict[str, float] = {}  # the latest of each name: not every role steps in every iteration
@@ -79,6 +76,10 @@ class Trainer:
         iterations = range(self.iteration, self.iteration if self.worn_out else self.config.max_train_steps)
         with self.signals, self._attention(), closing(self.record.progress(iterations)) as counted:
             for i in counted:
+                if self.samples is not None:
+                    self._seed(i)
+                    with self._autocast():
+                        self.scalars |= self.samples.look(i)
                 self.scalars |= (said := self.step(i))
                 self.iteration = i + 1
                 self.alarm.look(i + 1, said, self.record.checkpoints)
@@ -235,7 +236,7 @@ class Trainer:
         tensors: dict[str, dict[str, Tensor]] = dict(self.method.tensors())
         meta: dict[str, Any] = {"optimizers": {}, "method": self.method.state_dict(), "best": self.best}
         meta |= {"scalars": self.scalars, "skipped": self.skipped, "alarm": self.alarm.state_dict()}
-        meta["worn_out"] = self.worn_out
+        meta |= {"worn_out": self.worn_out, "samples": self.samples and self.samples.seen}
         for name, role in self.roles.items():
             if role.parameters:
                 tensors[name] = {k: p.data for k, p in role.parameters.items()}
@@ -250,8 +251,8 @@ class Trainer:
             return
         newest = checkpoint.save(self.record.checkpoints, self.iteration, tensors, meta)
         best = self.record.checkpoints / f"step-{self.best[1]:06d}" if self.best else None
-        good = self.alarm.keep(self.record.checkpoints)
-        checkpoint.prune(self.record.checkpoints, newest, self.config.checkpoints_total_limit, best, good)
+        good = self.alarm.keep(self.record.checkpoints), self.samples and self.samples.keep()
+        checkpoint.prune(self.record.checkpoints, newest, self.config.checkpoints_total_limit, best, *good)
 
     def resume(self) -> bool:
         """Continue from the newest whole checkpoint; False where there is none, and training starts anew."""
@@ -278,6 +279,8 @@ class Trainer:
         self.best = tuple(meta["best"]) if meta["best"] else None
         self.worn_out = meta.get("worn_out", False)
         self.alarm.load_state_dict(meta.get("alarm", {}))
+        if self.samples is not None:
+            self.samples.seen |= meta.get("samples") or {}
         self.record.rewind(self.iteration)
         self.record.say(f"resumed from {whole} at iteration {self.iteration}")
         return True

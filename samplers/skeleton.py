@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ def skeleton(source: str | Path, revision: str | None = None) -> Denoiser:
         for name, cls in single_file.modules(index_of(source, revision)).items()
     }
     return denoiser_of(load_pipeline(place, revision, **modules))
+
+
+def networks(source: str | Path, revision: str | None, names: Iterable[str]) -> list[nn.Module]:
+    """Those of a source's components that have one of the names, on the meta device; UserError as for `skeleton`."""
+    path = Path(resolve(source))
+    if holds_lora(path):
+        manifest = read_manifest(path)
+        return networks(manifest.base, manifest.revision, names)
+    place, classes = config_of(source, revision), single_file.modules(index_of(source, revision))
+    return [_module(place, name, classes[name], revision) for name in names if name in classes]
 
 
 def _module(source: str, name: str, cls: Any, revision: str | None) -> nn.Module:

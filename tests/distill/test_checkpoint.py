@@ -214,9 +214,9 @@ def test_a_kill_at_any_write_loses_nothing(tmp_path: Path, number: int):
 def test_prune_keeps_the_last_ones_and_the_best(tmp_path: Path):
     for i in (2, 4, 6, 8):
         save(tmp_path, i)
-    checkpoint.prune(tmp_path, tmp_path / "step-000008", 2, keep=tmp_path / "step-000002")
+    checkpoint.prune(tmp_path, tmp_path / "step-000008", 2, tmp_path / "step-000002")
     assert names(tmp_path) == ["step-000002", "step-000006", "step-000008"]
-    checkpoint.prune(tmp_path, tmp_path / "step-000008", 1, keep=tmp_path / "step-000008")
+    checkpoint.prune(tmp_path, tmp_path / "step-000008", 1, tmp_path / "step-000008")
     assert names(tmp_path) == ["step-000008"]
     checkpoint.prune(tmp_path, tmp_path / "step-000008", 3)
     assert names(tmp_path) == ["step-000008"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.distill import efficiency
+from fewstep.distill import efficiency, run
 from fewstep.distill.config import ConfigError
 from fewstep.distill.networks import Networks, require_grad
 from fewstep.distill.run import refuse, train
@@ -23,7 +24,7 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of, load
 from tests.distill.runs import config, metrics, write_images
 from tests.distill.test_networks import ask, gradients, three
-from tests.pipelines import tiny_stable_diffusion, tiny_wan
+from tests.pipelines import tiny_dit, tiny_stable_diffusion, tiny_wan
 
 SMALL = {"max_train_steps": 3, "train_batch_size": 2, "checkpointing_steps": 3, "steps": [2], "method": "dmd2"}
 GAN = {"gan_weight": 0.01, "fake_score_updates": 2}
@@ -121,6 +122,31 @@ def test_compiled_networks_follow_their_adapter():
     assert all(a.equal(b) for a, b in zip(got, expected, strict=True))
     assert not expected[0].equal(expected[2])
     assert len(frames) >= 3
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_compiled_networks_train_the_same_bits(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Two iterations of student, fake score and teacher by `train`; what dynamo captures is run as it is, uncompiled."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = efficiency.compiled
+    monkeypatch.setattr(efficiency, "compiled", lambda network: compiled(network, backend))  # type: ignore[arg-type]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # what `refuse` tries
+    torch._dynamo.reset()
+    (tmp_path / "prompts.txt").write_text("golden retriever\n7\n")
+    changes = {"student": kind, "rank": 2, "train_data": None, "prompts": str(tmp_path / "prompts.txt"), "steps": [1]}
+    changes |= {"fake_score_updates": 1, "max_train_steps": 2, "train_batch_size": 2, "guidance_scale": 2.0}
+    changes |= {"method": "dmd2", "preflight": False}
+    runs = []
+    for on in (False, True):
+        folder = train(config(tmp_path, **changes, compile=on, name=str(on)), teacher=denoiser_of(tiny_dit()))
+        runs.append((metrics(folder), (folder / "checkpoints/step-000002/manifest.json").read_text()))
+        assert bool(graphs) == on
+    assert runs[0] == runs[1]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -225,6 +251,36 @@ def test_a_quantised_base_is_diffusers_own(settings: Callable[..., Any], monkeyp
         settings(quantization_config="int8", student="full")
     with pytest.raises(UserError, match="quantization_config: weights are quantised while they load"):
         efficiency.cast_base(settings(quantization_config="int8"), teacher())
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ({"mixed_precision": "fp16"}, "^mixed_precision fp16: needs a GPU; on this device use bf16 or no$"),
+        ({"attention": "xformers"}, "^attention xformers: needs a GPU; attention: sdpa runs everywhere$"),
+        ({"channels_last": True}, "^channels_last: WanTransformer3DModel is no network of 2D convolutions"),
+        ({"gradient_checkpointing": True}, "^gradient_checkpointing: WanTransformer3DModel does not support it"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_what_networks_cannot_do_is_refused_before_weights_load(
+    key: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a folder from its configs, which is all that is left of it; of a teacher in memory before it is sampled."""
+    from diffusers import WanTransformer3DModel
+
+    made = tiny_wan(tmp_path / "teacher")
+    for weights in (tmp_path / "teacher").rglob("*.safetensors"):
+        weights.unlink()
+    monkeypatch.setattr(WanTransformer3DModel, "_supports_gradient_checkpointing", False)
+    monkeypatch.setattr(run, "load", None)
+    monkeypatch.setattr(run.safeguards, "preflight", None)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    asked = {"method": "dmd2", "train_data": None, "prompts": str(tmp_path / "prompts.txt"), **key}
+    for source, memory in ((tmp_path / "teacher", None), ("in memory", denoiser_of(made))):
+        with pytest.raises(UserError, match=message):
+            train(config(tmp_path, teacher=str(source), **asked), teacher=memory)
+    assert not (tmp_path / "run").exists()
 
 
 def test_compile_is_tried_before_weights_load(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):

@@ -91,6 +91,13 @@ def test_all_stop_after_one_iteration(runs: tuple[Path, list[dict[str, Any]]], t
     assert [line["iteration"] for line in metrics(folder / "stopped")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_all_stop_at_a_collapse_that_one_sees(runs: tuple[Path, list[dict[str, Any]]]):
+    """The first process alone draws samples; both stop at what it saw, two pairs of entries 1 apart before."""
+    kept = f"the last good checkpoint is {runs[0] / 'fallen/checkpoints/step-000002'}"
+    line = f"iteration 4: the student has collapsed: the spread of its samples is 0, of 0.71 before; {kept}"
+    assert [f["collapsed"].split(", later")[0] for f in runs[1]] == [line, line]
+
+
 def test_a_parameter_that_one_process_uses(runs: tuple[Path, list[dict[str, Any]]]):
     """An expert for other levels: means over both processes; none where neither used it, so that AdamW leaves it."""
     assert [f["experts"] for f in runs[1]] == [[[1.5, 3.0], [2.0, 3.0], None]] * 2

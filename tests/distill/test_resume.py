@@ -81,6 +81,7 @@ def test_logs_and_student_are_the_same(runs: Path, name: str):
     lines = metrics(straight)
     assert metrics(killed) == lines
     assert [line["iteration"] for line in lines] == list(range(1, 9))
+    assert len({line["samples/spread"] for line in lines}) > 1
     assert len({line["student/loss"] for line in lines[1:] if "student/loss" in line}) > 1
     artifacts = [content(run / "student") for run in (straight, killed)]
     assert artifacts[0] == artifacts[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,16 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.distill import checkpoint, run, safeguards
+from fewstep.distill import run, safeguards
 from fewstep.distill.objectives.divergence import spread
 from fewstep.distill.run import train
-from fewstep.distill.safeguards import PATIENCE, CollapseAlarm, check_unmoved, checksums, preflight
+from fewstep.distill.safeguards import check_unmoved, checksums, preflight
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of, load
 from fewstep.samplers.plan import sample
 from tests.closed_form import vp
-from tests.distill.gaussian import Teacher, method, under_training
 from tests.distill.runs import config, metrics
 from tests.pipelines import tiny_ddpm, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
 
@@ -136,97 +134,6 @@ def test_the_embedded_teacher_is_well():
     found = preflight(teacher, ["a furry animal on a blue background", "a fruit on a pink background"], "", 2.0)
     assert found is not None
     assert found > 0.2
-
-
-# collapse
-
-
-def gaussian(folder: Path, stuck: bool, **changes: Any) -> Any:
-    """DMD2 towards N(m, .9^2); `stuck`: the fake score is wider than the student's samples and never learns."""
-    teacher = Teacher(vp(), [0.3, -0.2], [0.9, 0.9])
-    rate = {"learning_rate": 0.03 if stuck else 0.005, "fake_score_learning_rate": 1e-12 if stuck else 0.02}
-    settings = {"method": "dmd2", "steps": [1], "guidance_scale": 1.0, "fake_score_updates": 1, "train_batch_size": 8}
-    made = method(folder, teacher, **settings, **rate, prompts="in memory", train_data=None, **changes)
-    made.student.denoiser.network.jump = True  # starts with the right spread
-    if stuck:
-        made.fake_score.denoiser.network.log_std.data += 0.5
-    trainer = under_training(folder, made, teacher, ["0"] * 8)
-    trainer.alarm.reference = 0.9  # the teacher's own
-    return trainer
-
-
-def test_a_student_that_collapses_is_stopped(tmp_path: Path):
-    """A fake score that does not follow drives every sample to the teacher's mode; what was written before is kept."""
-    trainer = gaussian(tmp_path, True, max_train_steps=200, checkpointing_steps=10, checkpoints_total_limit=3)
-    with pytest.raises(UserError) as caught:
-        trainer.run()
-    good = trainer.alarm.keep(tmp_path / "run/checkpoints")
-    assert good is not None
-    assert f"the last good checkpoint is {good}" in str(caught.value)
-    spreads = {line["iteration"]: line["student/spread"] for line in metrics(tmp_path / "run")}
-    at = int(good.name.removeprefix("step-"))
-    assert spreads[at] > safeguards.SHARE * 0.9  # of the student in that checkpoint
-    assert max(spreads[i] for i in list(spreads)[-PATIENCE:]) < safeguards.SHARE * 0.9
-    assert len(checkpoint.iterations(tmp_path / "run/checkpoints")) == 4  # it and the last three
-
-
-def test_a_student_that_learns_is_let_alone(tmp_path: Path):
-    """The same job with a fake score that follows; about as many iterations as the other lived."""
-    trainer = gaussian(tmp_path, False, max_train_steps=100, checkpointing_steps=100)
-    trainer.run()
-    assert trainer.alarm.low == 0
-
-
-def fed(alarm: CollapseAlarm, spreads: list[float], gap: float, start: int = 0) -> int | None:
-    """The iteration at which the alarm stops a run that logs these spreads."""
-    for i, value in enumerate(spreads, start + 1):
-        try:
-            alarm.look(i, {"student/spread": value, "student/gap": gap}, Path("none"))
-        except UserError:
-            return i
-    return None
-
-
-FELL = [1.0] * 50 + [0.0] * 100
-
-
-def test_when_the_alarm_speaks():
-    """After a fall to 0 the mean of 20 is under a quarter once 16 are low (4 of 20 are a fifth), for 20 updates then."""
-    assert fed(CollapseAlarm(1.0), FELL, 0.5) == 50 + 16 + PATIENCE - 1
-    # half the window still good, the oldest of it is of iteration 41
-    alarm = CollapseAlarm(1.0)
-    fed(alarm, FELL[:70], 0.5)
-    assert alarm.good == 41
-    assert fed(CollapseAlarm(1.0), [1.0] * 50 + [0.0] * 30 + [1.0] * 50, 0.5) is None  # 19 low ones, then it recovered
-
-
-@pytest.mark.parametrize(
-    ("spreads", "reference", "gap"),
-    [
-        (FELL, None, 0.5),  # nothing to compare with
-        ([0.0] * 200, 0.5, 0.5),  # batches of one row
-        ([0.02 * i for i in range(1, 50)], 0.5, 0.5),  # starts narrow, as one-step samples of a teacher are
-        ([14.0] * 50 + [0.7] * 200, 0.8, 0.5),  # starts wide: an epsilon teacher asked at pure noise
-        ([0.5] * 50 + [0.05] * 200, 0.5, 0.01),  # narrow and right: the scores agree
-    ],
-    ids=["no reference", "one row", "narrow start", "wide start", "scores agree"],
-)
-def test_when_the_alarm_does_not_speak(spreads: list[float], reference: float | None, gap: float):
-    assert fed(CollapseAlarm(reference), spreads, gap) is None
-
-
-def test_a_method_that_logs_no_spread_is_let_alone():
-    alarm = CollapseAlarm(1.0)
-    for i in range(200):
-        alarm.look(i, {"student/loss": 0.0}, Path("none"))
-    assert alarm.window == []
-
-
-def test_the_alarm_resumes_where_it_was():
-    whole, first, second = (CollapseAlarm(1.0) for _ in range(3))
-    assert fed(first, FELL[:60], 0.5) is None
-    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert fed(second, FELL[60:], 0.5, start=60) == fed(whole, FELL, 0.5)
 
 
 # the teacher's weights

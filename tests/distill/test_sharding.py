@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from fewstep.distill.config import ConfigError
 from fewstep.distill.run import train
 from fewstep.samplers.load import denoiser_of, load_student
 from tests.distill.runs import config, metrics, write_images
-from tests.distill.sharded_processes import RUNS, settings
+from tests.distill.sharded_processes import RUNS, looked_at, settings
 from tests.pipelines import tiny_stable_diffusion
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
@@ -48,7 +49,7 @@ def halved(run: Path, to: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, list[dict[str, Any]]]:
+def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
     """The folder of the runs, and what each of two processes found.
 
     one, two: straight, on so many processes; there: the first half on one, the rest on two; back: the other way round.
@@ -56,6 +57,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, li
     """
     folder = tmp_path_factory.mktemp("shards") / "runs"
     write_images(folder / "images", 10)
+    with pytest.MonkeyPatch.context() as patch:
+        looked_at(patch)
+        yield _runs(folder, root)
+
+
+def _runs(folder: Path, root: Path) -> tuple[Path, list[dict[str, Any]]]:
     for name in RUNS:
         train(settings(folder, "one", name, 1), teacher=denoiser_of(tiny_stable_diffusion()))
         halved(folder / "one" / name, folder / "there" / name)

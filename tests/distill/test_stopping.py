@@ -129,11 +129,6 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path: Path, monkeypatch: pytes
     assert resumed.weights["student"].equal(straight.weights["student"])
 
 
-def test_fp16_without_a_gpu_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="mixed_precision fp16: needs a GPU"):
-        scripted(tmp_path, Scripted({"student": square}), mixed_precision="fp16")
-
-
 class Scaled(runs.Accelerator):
     """Accelerate on a CPU with the gradient scaler that it has on a GPU."""
 

@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import accelerate.tracking
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -94,6 +95,42 @@ def test_precision_may_change_from_run_to_run(settings: Callable[..., Any]):
     assert all(
         v.dtype == torch.float32 for v in load_file(folders[1] / "checkpoints/step-000002/student.safetensors").values()
     )
+
+
+class Kept(accelerate.tracking.GeneralTracker):
+    """A tracker of accelerate's that keeps what it is given."""
+
+    name, requires_logging_directory = "tensorboard", True
+    made: ClassVar[list[Kept]] = []
+
+    def __init__(self, project: str, folder: str):
+        self.tracker, self.project, self.folder = self, project, folder
+        super().__init__()  # which asks for them
+        self.lines: list[dict[str, float]] = []
+        self.ended = False
+        self.made.append(self)
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Nothing is asked of it."""
+
+    def log(self, values: dict[str, float], step: int | None = None, **rest: Any) -> None:
+        self.lines.append({"iteration": step or 0, **values})
+
+    def finish(self) -> None:
+        self.ended = True
+
+
+def test_a_tracker_gets_what_is_logged(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    """Made by accelerate from its name, with the run's folder; every line of metrics.jsonl reaches it, then it is closed."""
+    monkeypatch.setattr(Kept, "made", [])
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Kept)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    folder = train(settings(report_to="tensorboard", preflight=False), teacher=teacher())
+    (tracker,) = Kept.made
+    assert (tracker.project, Path(tracker.folder), tracker.ended) == ("fewstep", folder, True)
+    assert tracker.lines == metrics(folder)
+    assert [line["iteration"] for line in tracker.lines] == [1, 2]
+    assert all(line["student/loss"] > 0 for line in tracker.lines)
 
 
 def test_what_is_missing_is_refused_before_weights_load(

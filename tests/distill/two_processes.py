@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from fewstep.distill.alarm import SampleAlarm
 from fewstep.distill.networks import average_gradients
 from fewstep.distill.run import train
 from fewstep.distill.trainer import Interrupted
@@ -84,6 +85,12 @@ def signalled(total: Tensor) -> Tensor:
     return total
 
 
+def drawn(rank: int, iteration: int) -> Tensor:
+    """Samples that are all alike from iteration 3 on; only the first process may be asked for any."""
+    assert rank == 0
+    return torch.tensor([[0.0], [float(iteration < 3)]])
+
+
 def experts(accelerator: Accelerator) -> list[list[float] | None]:
     """Gradients after averaging: of all, of one process alone, of none."""
     parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
@@ -106,6 +113,9 @@ def main(folder: Path) -> None:
     found["non-finite"] = outcome(scripted(folder, bad, name="bad").run)
     stopped = Scripted({"student": only(1, accelerator, signalled)})
     found["signal"] = outcome(scripted(folder, stopped, name="stopped").run)
+    fallen = scripted(folder, Scripted({"student": square}), name="fallen")
+    fallen.samples = SampleAlarm(lambda: drawn(rank, fallen.iteration), lambda: drawn(rank, 0), 1, fallen.record)
+    found["collapsed"] = outcome(fallen.run)
     resumed = Scripted({"student": square})
     found["resumed"] = outcome(scripted(folder, resumed, name="stopped", resume=True).run)
     found["weights"], found["memory"] = resumed.weights["student"].tolist(), resumed.memory

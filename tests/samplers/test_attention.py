@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fewstep.samplers.attention import kernels, trial, use_attention, why_not
+from fewstep.samplers.attention import FUNCTIONS, kernels, trial, use_attention, why_not
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
@@ -125,6 +125,55 @@ def test_auto_takes_xformers_only_after_a_trial(xformers: list, monkeypatch: pyt
         assert kernels(unet) == {"sdpa"}
         with pytest.raises(UserError, match=rf"^attention xformers: .*{said}"):
             use_attention([unet], "xformers", GPU, torch.float32)
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """A flash-attn of plain attention, where diffusers would find the real one; the shapes that it was called with."""
+    import diffusers.models.attention_dispatch as dispatch
+
+    calls: list[tuple[int, ...]] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False, **_: Any):
+        calls.append(tuple(q.shape))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, tokens, heads, channels)
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale).transpose(1, 2)
+
+    module = ModuleType("stand_in")  # under its own name other packages would find it half installed
+    module.flash_attn_func = attend  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "stand_in", module)
+    monkeypatch.setitem(FUNCTIONS, "flash", ("stand_in", "flash_attn_func"))
+    monkeypatch.setattr(dispatch, "flash_attn_func", attend)
+    monkeypatch.setattr(dispatch, "_CAN_USE_FLASH_ATTN", True)
+    monkeypatch.setattr(
+        "fewstep.samplers.attention.trial", lambda kernel, sizes, device, dtype: trial(kernel, sizes, CPU, dtype)
+    )
+    return calls
+
+
+@pytest.mark.parametrize("build", DISPATCHED, ids=lambda f: f.__name__)
+def test_flash_runs_where_it_was_asked_for(build: Callable[[], Any], flash: list):
+    """Every attention of the network calls it, with the same answer; other networks keep theirs."""
+    denoiser = denoiser_of(build())
+    network, expected = denoiser.network, ask(denoiser)
+    assert flash == []
+    assert use_attention([network], "flash", GPU, torch.float32) == "attention: flash (as asked)"
+    assert kernels(network) == {"flash"}
+    assert kernels(denoiser_of(build()).network) == {"sdpa"}
+    sizes = {
+        m.head_dim if hasattr(m, "head_dim") else m.inner_dim // m.heads
+        for m in network.modules()
+        if hasattr(m, "processor")
+    }
+    assert {shape[-1] for shape in flash} == sizes  # of the trial
+    flash.clear()
+    count = sum(getattr(m, "processor", None) is not None for m in network.modules())
+    torch.testing.assert_close(ask(denoiser), expected, rtol=1e-4, atol=1e-5)
+    assert len(flash) == count > 0
+    use_attention([network], "sdpa", GPU, torch.float32)
+    flash.clear()
+    assert ask(denoiser).equal(expected)
+    assert (flash, kernels(network)) == ([], {"sdpa"})
 
 
 def test_flash_is_for_networks_that_dispatch():

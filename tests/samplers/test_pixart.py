@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fewstep.samplers.load import denoiser_of
-from fewstep.samplers.plan import generators, plan_of_scheduler, sample
+from fewstep.samplers.plan import generators, plan_of_levels, plan_of_scheduler, sample
 from fewstep.samplers.rules import randn
 from tests.pipelines import PROMPTS, tiny_pixart
 from tests.samplers.families import inputs
@@ -32,6 +32,31 @@ def test_pixart(variant: str, guidance_scale: float):
         generator=generators(SEEDS),
         output_type="latent",
     ).images
+    shape = denoiser.latent_shape(16, 24)
+    close(sample(denoiser, denoiser.encode(PROMPTS, "blurry"), plan, SEEDS, shape), theirs)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.5])
+@pytest.mark.parametrize("variant", ["alpha", "sigma"])
+def test_pixart_by_its_own_scheduler(variant: str, guidance_scale: float):
+    """DPM-Solver++ at first order is the ODE's step (arXiv:2211.01095, 4.1) on the levels of its timesteps, to sigma 0."""
+    pipe = tiny_pixart(sigma=variant == "sigma")
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, solver_order=1)
+    assert (type(pipe.scheduler).__name__, pipe.scheduler.config.algorithm_type) == (
+        "DPMSolverMultistepScheduler",
+        "dpmsolver++",
+    )
+    denoiser = denoiser_of(pipe)
+    theirs = pipe(
+        **denoiser.call_arguments(pipe, PROMPTS),
+        **{"negative_prompt": ["blurry"] * 2, "num_inference_steps": 8, "height": 16, "width": 24},
+        **{"guidance_scale": guidance_scale, "use_resolution_binning": False},
+        generator=generators(SEEDS),
+        output_type="latent",
+    ).images
+    levels = denoiser.noise.from_model_time(pipe.scheduler.timesteps.double()).tolist()
+    assert len(levels) == 8
+    plan = plan_of_levels(levels, guidance_scale=guidance_scale)
     shape = denoiser.latent_shape(16, 24)
     close(sample(denoiser, denoiser.encode(PROMPTS, "blurry"), plan, SEEDS, shape), theirs)
 
