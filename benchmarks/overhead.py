@@ -53,7 +53,6 @@ class Bare:
                 betas=(config.adam_beta1, config.adam_beta2),
                 eps=config.adam_epsilon,
                 weight_decay=config.adam_weight_decay,
-                fused=True,
             )
             for name, role in roles.items()
             if role.trained

@@ -152,11 +152,12 @@ def compiled(network: nn.Module, backend: str = "inductor") -> None:
 
 
 def optimizer(config: TrainConfig, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    """AdamW with all weights in one kernel, or bitsandbytes' with moments of 8 bits."""
+    """AdamW, on a GPU with all weights in one kernel, or bitsandbytes' with moments of 8 bits."""
     c = config
     settings = {"betas": (c.adam_beta1, c.adam_beta2), "eps": c.adam_epsilon, "weight_decay": c.adam_weight_decay}
     if c.use_8bit_adam:
         adam = _bitsandbytes("use_8bit_adam", "leave it out for torch's AdamW").optim.AdamW8bit
         return cast(torch.optim.Optimizer, adam(parameters, rate, **settings))
     # torch's fused kernel decides by itself whether to skip a step of the fp16 scaler, which then could not be counted
-    return torch.optim.AdamW(parameters, rate, fused=c.mixed_precision != "fp16", **settings)
+    fused = True if parameters[0].is_cuda and c.mixed_precision != "fp16" else None
+    return torch.optim.AdamW(parameters, rate, fused=fused, **settings)
