@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,17 +212,17 @@ def sample_alarm(config: TrainConfig, method: Distiller, batches: Batches, recor
         first = data.bucket_of[0]
         return batches.latents[[i for i in range(len(data)) if data.bucket_of[i] == first][:16]]
 
-    calls, compare = rows * plan.nfe, real
-    looks = (LOOKS + 1) * calls
+    compare: Callable[[], Tensor] = real
+    looks = (LOOKS + 1) * rows * plan.nfe
     if teacher is not None:
         scale = getattr(config, "guidance_scale", config.validation_guidance_scale or 1.0)
         theirs, _ = few_steps(teacher.denoiser, scale)
         looks += rows * theirs.nfe
-        compare = lambda: drawn(teacher.denoiser, theirs)  # noqa: E731
+        compare = partial(drawn, teacher.denoiser, theirs)
     update = min(c["forward"] + BACKWARD * c["backward"] for c in method.forwards().values())
     # the shortest run that is watched has LOOKS + 1 of them: they and the teacher's samples are within the budget
     every = math.ceil(looks / (LOOKS * BUDGET * update * one))
     if config.max_train_steps <= LOOKS * every:
         return None
     alone = config.sharding_strategy == "no_shard"
-    return SampleAlarm(lambda: drawn(student, plan), compare, every, record, alone)
+    return SampleAlarm(partial(drawn, student, plan), compare, every, record, alone)

@@ -156,6 +156,13 @@ def rows_by_backward(seen: list[Call], batch: int) -> dict[bool, float]:
     }
 
 
+def is_as_declared(method: Distiller, iteration: int, seen: list[Call], batch: int = 2) -> None:
+    """Calls of an iteration take the rows that `forwards()` says of those that step in it."""
+    rows = rows_by_backward(seen, batch)
+    declared = method.forwards()[" and ".join(method.updates(iteration))]
+    assert (rows[False], rows[True]) == (declared["forward"], declared["backward"])
+
+
 @contextmanager
 def calls(method: Distiller) -> Iterator[list[Call]]:
     """Every call of the roles' networks within the block, in order, seen by hooks on the modules themselves.

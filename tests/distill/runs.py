@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from fewstep.distill.distiller import Distiller, Losses, Role
 from fewstep.distill.record import Record
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.condition import Condition
+from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.plan import SamplingPlan, uniform_plan
 
 
@@ -61,6 +63,20 @@ def metrics(run: Path) -> list[dict[str, float]]:
     """Lines of metrics.jsonl without the seconds."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def killed_in_second(monkeypatch: pytest.MonkeyPatch, denoiser: Denoiser) -> list[int]:
+    """Interrupt the second of the denoiser's calls that encode; rows of each, as they come."""
+    encode, rows = denoiser.to_latents, list[int]()
+
+    def killed(batch: Tensor) -> Tensor:
+        rows.append(len(batch))
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+        return encode(batch)
+
+    monkeypatch.setattr(denoiser, "to_latents", killed)
+    return rows
 
 
 def write_images(folder: Path, n: int = 6, side: int = 16) -> Path:

@@ -21,7 +21,7 @@ from fewstep.distill.run import refuse
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
 from tests.distill.exact import SHIFT, Laws, exact, on_the_sample, prompts_of, rows
-from tests.distill.gaussian import calls, lora, rows_by_backward, under_training
+from tests.distill.gaussian import calls, is_as_declared, lora, under_training
 from tests.distill.runs import config
 from tests.pipelines import PROMPTS, tiny_stable_diffusion, tiny_stable_diffusion_3
 
@@ -236,9 +236,7 @@ def test_cost_is_as_declared(changes: dict[str, Any], tmp_path: Path):
     for i in range(2):
         with calls(made) as seen:
             trainer.step(i)
-        rows_of = rows_by_backward(seen, 2)
-        declared = made.forwards()[" and ".join(made.updates(i))]
-        assert (rows_of[False], rows_of[True]) == (declared["forward"], declared["backward"])
+        is_as_declared(made, i, seen)
 
 
 def test_the_students_turn_waits_for_the_warm_up(tmp_path: Path):

@@ -23,7 +23,7 @@ from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
-from tests.distill.runs import config, write_images
+from tests.distill.runs import config, killed_in_second, write_images
 from tests.pipelines import tiny_ddpm, tiny_stable_diffusion
 
 
@@ -179,15 +179,7 @@ def test_an_interrupted_pass_goes_on_where_it_was(tmp_path: Path, denoiser: Deno
     monkeypatch.setattr(cache, "CHUNK", 3)
     settings, images = config(tmp_path), images_of(write_images(tmp_path / "images", 10), 16, 16)
     whole = cache.latents(config(tmp_path, cache_dir=str(tmp_path / "other")), denoiser, images)[range(10)]
-    encode, rows = denoiser.to_latents, []
-
-    def killed(batch: torch.Tensor) -> torch.Tensor:
-        rows.append(len(batch))
-        if len(rows) == 2:
-            raise KeyboardInterrupt
-        return encode(batch)
-
-    monkeypatch.setattr(denoiser, "to_latents", killed)
+    rows = killed_in_second(monkeypatch, denoiser)
     with pytest.raises(KeyboardInterrupt):
         cache.latents(settings, denoiser, images)
     found = cache.latents(settings, denoiser, images)

@@ -25,7 +25,7 @@ from fewstep.distill.sources import Source, folder, source_of
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
-from tests.distill.runs import config, write_clip, write_clips, write_images
+from tests.distill.runs import config, killed_in_second, write_clip, write_clips, write_images
 from tests.distill.test_sources import write_shard
 from tests.pipelines import tiny_stable_diffusion, tiny_wan
 
@@ -145,15 +145,7 @@ def test_latents_of_clips_are_cached_one_by_one(
     write_clip(path / "2.mp4", [150] * 3)
     (path / "2.txt").write_text("three")
     settings, data = config(tmp_path), Clips(folder(path), [SIZE], 5, 16)
-    encode, rows = wan.to_latents, []
-
-    def killed(clips: torch.Tensor) -> torch.Tensor:
-        rows.append(len(clips))
-        if len(rows) == 2:
-            raise KeyboardInterrupt
-        return encode(clips)
-
-    monkeypatch.setattr(wan, "to_latents", killed)
+    encode, rows = wan.to_latents, killed_in_second(monkeypatch, wan)
     with pytest.raises(KeyboardInterrupt):
         cache.latents(settings, wan, data)
     with pytest.raises(

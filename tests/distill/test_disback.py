@@ -22,10 +22,10 @@ from tests.distill.gaussian import (
     Teacher,
     affine,
     calls,
+    is_as_declared,
     laws,
     lora,
     method,
-    rows_by_backward,
     under_training,
 )
 from tests.distill.runs import config
@@ -311,9 +311,7 @@ def test_cost_is_as_declared(kind: str, divergence: str, tmp_path: Path):
     for i in range(12):
         with calls(made) as seen:
             trainer.step(i)
-        declared = made.forwards()[" and ".join(made.updates(i))]
-        rows = rows_by_backward(seen, 2)
-        assert (rows[False], rows[True]) == (declared["forward"], declared["backward"])
+        is_as_declared(made, i, seen)
         assert {c.role for c in seen} == {"student", "fake_score"} | ({asked[i]} if i in asked else set())
 
 

@@ -20,7 +20,7 @@ from fewstep.samplers.load import denoiser_of
 from fewstep.samplers.plan import sample
 from fewstep.samplers.stock import stock
 from tests.distill.exact import SHIFT, prompts_of
-from tests.distill.gaussian import PROCESSES, Teacher, affine, calls, lora, method, rows_by_backward, under_training
+from tests.distill.gaussian import PROCESSES, Teacher, affine, calls, is_as_declared, lora, method, under_training
 from tests.distill.runs import config
 from tests.distill.test_backward_simulation import Sequential
 from tests.pipelines import PROMPTS, tiny_ddpm, tiny_pixart, tiny_stable_diffusion, tiny_stable_diffusion_3
@@ -145,9 +145,7 @@ def test_one_graph_and_the_declared_cost(kind: str, tmp_path: Path):
         assert made.updates(i) == (["student", "fake_score"] if both else ["fake_score"])
         student = [c.graph for c in seen if c.role == "student"]
         assert student == [False] * 3 + [True] * both
-        rows = rows_by_backward(seen, 2)
-        declared = made.forwards()[" and ".join(made.updates(i))]
-        assert (rows[False], rows[True]) == (declared["forward"], declared["backward"])
+        is_as_declared(made, i, seen)
     assert made.forwards()["student and fake_score"] == {"forward": 3 + 2 + 1, "backward": 2}
 
 

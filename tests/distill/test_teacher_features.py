@@ -25,7 +25,7 @@ from fewstep.samplers.load import denoiser_of
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
 from tests.distill.exact import prompts_of
-from tests.distill.gaussian import calls, lora, rows_by_backward, under_training
+from tests.distill.gaussian import calls, is_as_declared, lora, under_training
 from tests.distill.runs import config
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
@@ -179,9 +179,7 @@ def test_cost_is_as_declared(changes: dict[str, Any], kind: str, tmp_path: Path)
     for i in range(2):
         with calls(made) as seen:
             trainer.step(i)
-        rows = rows_by_backward(seen, 2)
-        declared = made.forwards()[" and ".join(made.updates(i))]
-        assert (rows[False], rows[True]) == (declared["forward"], declared["backward"])
+        is_as_declared(made, i, seen)
         looks = [("teacher", 2, graph)] if i == 0 else []
         assert [(c.role, c.rows, c.graph) for c in seen if c.stopped] == [*looks, ("teacher", 4, False)]
 

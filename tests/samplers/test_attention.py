@@ -67,6 +67,18 @@ def frames(denoiser: Denoiser) -> dict[str, int]:
     return {"height": 64, "width": 64, "frames": 5} if denoiser.clips else {}
 
 
+def is_asked_by_all(calls: list, denoiser: Denoiser, expected: Tensor) -> None:
+    """Every attention of the network calls the kernel once, for the same answer; none after a way back to torch's."""
+    network = denoiser.network
+    count = sum(getattr(m, "processor", None) is not None for m in network.modules())
+    torch.testing.assert_close(ask(denoiser), expected, rtol=1e-4, atol=1e-5)
+    assert len(calls) == count > 0
+    use_attention([network], "sdpa", GPU, torch.float32)
+    calls.clear()
+    assert ask(denoiser).equal(expected)
+    assert (calls, kernels(network)) == ([], {"sdpa"})
+
+
 @pytest.mark.parametrize("build", [*PROCESSORS, *DISPATCHED], ids=lambda f: f.__name__)
 def test_xformers_runs_where_it_was_asked_for(build: Callable[[], Any], xformers: list, monkeypatch: Any):
     """Every attention of the network calls it, torch's function is called by none, and the answer is the same."""
@@ -78,13 +90,7 @@ def test_xformers_runs_where_it_was_asked_for(build: Callable[[], Any], xformers
     assert kernels(network) == {"xformers"}
     assert kernels(denoiser_of(build()).network) == {"sdpa"}  # others keep theirs
     xformers.clear()  # of the trial
-    count = sum(getattr(m, "processor", None) is not None for m in network.modules())
-    torch.testing.assert_close(ask(denoiser), expected, rtol=1e-4, atol=1e-5)
-    assert len(xformers) == count > 0
-    use_attention([network], "sdpa", GPU, torch.float32)
-    xformers.clear()
-    assert ask(denoiser).equal(expected)
-    assert (xformers, kernels(network)) == ([], {"sdpa"})
+    is_asked_by_all(xformers, denoiser, expected)
 
 
 def test_sana_keeps_its_linear_attention(xformers: list):
@@ -167,13 +173,7 @@ def test_flash_runs_where_it_was_asked_for(build: Callable[[], Any], flash: list
     }
     assert {shape[-1] for shape in flash} == sizes  # of the trial
     flash.clear()
-    count = sum(getattr(m, "processor", None) is not None for m in network.modules())
-    torch.testing.assert_close(ask(denoiser), expected, rtol=1e-4, atol=1e-5)
-    assert len(flash) == count > 0
-    use_attention([network], "sdpa", GPU, torch.float32)
-    flash.clear()
-    assert ask(denoiser).equal(expected)
-    assert (flash, kernels(network)) == ([], {"sdpa"})
+    is_asked_by_all(flash, denoiser, expected)
 
 
 def test_flash_is_for_networks_that_dispatch():
