@@ -98,7 +98,7 @@ def test_shards_are_one(runs: tuple[Path, list[dict[str, Any]]], where: str, nam
     """Straight on two processes, from one to two, from two to one: every tensor of the last checkpoint, and every scalar.
 
     Each sample has its draws whoever holds it, so that only the order of float32 sums differs: 1e-7 of a gradient, some
-    1e-5 of an update of 0.01 in each of four steps, and more where a gradient is near nothing, since Adam divides by it.
+    1e-5 of an update of 0.01 in each of four steps.
     """
     folder, _ = runs
     start, one, other = (
@@ -114,7 +114,7 @@ def test_shards_are_one(runs: tuple[Path, list[dict[str, Any]]], where: str, nam
         values = {k: v for k, v in tensors.items() if k not in counts}
         moved = max((v - start[file][k]).abs().max().item() for k, v in values.items())
         assert moved > 0
-        assert max((v - other[file][k]).abs().max().item() for k, v in values.items()) < 4e-3 * moved, file
+        assert max((v - other[file][k]).abs().max().item() for k, v in values.items()) < 1e-3 * moved, file
     for a, b in zip(*(metrics(folder / which / name) for which in ("one", where)), strict=True):
         means = a.keys() - {"student/spread"}  # that one is of the rows of a micro-batch together
         assert {k: a[k] for k in means} == pytest.approx({k: b[k] for k in means}, rel=1e-3, abs=1e-6)
@@ -129,7 +129,7 @@ def content(folder: Path) -> tuple[dict[str, bytes], dict[str, dict[str, torch.T
 
 @every_run
 def test_the_student_is_exported_whole(runs: tuple[Path, list[dict[str, Any]]], name: str):
-    """The moving average, as from one process: same files and classes, weights as near as in training; and it loads."""
+    """The moving average, as from one process: same files, same classes in them, same weights; and it loads."""
     folder, _ = runs
     (texts, weights), (of_two, others) = (content(folder / which / name / "student") for which in ("one", "two"))
     assert texts == of_two
@@ -137,7 +137,7 @@ def test_the_student_is_exported_whole(runs: tuple[Path, list[dict[str, Any]]], 
     for file, tensors in weights.items():
         assert tensors.keys() == others[file].keys()
         for key, value in tensors.items():
-            torch.testing.assert_close(others[file][key], value, rtol=0, atol=6e-5)
+            torch.testing.assert_close(others[file][key], value, rtol=0, atol=1e-5)
     if name.endswith("full"):
         loaded, _ = load_student(folder / "two" / name / "student")
         assert type(loaded.network).__name__ == "UNet2DConditionModel"
