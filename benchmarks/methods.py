@@ -37,8 +37,6 @@ CONFIGS = [
     *("dmd/emoji", "sim/emoji", "swiftbrush/emoji", "tdm/emoji", "uni_instruct/emoji", "disback/emoji"),
     *("phased_dmd/emoji", "msd/emoji"),
 ]
-SAME = {"dmd2/emoji": "quickstart"}
-"""Rows whose config has another name."""
 FIGURE = "fd_emoji_corrected"
 WATCHED = (FIGURE, "category_accuracy", "blends")
 COLUMNS = (FIGURE, "clip_emoji", "category_accuracy", "coverage", "blends", "diversity")
@@ -62,7 +60,7 @@ def trained(name: str, run: str, options: argparse.Namespace, *settings: str) ->
     common = [f"output_dir={options.runs}", f"name={run}", "report_num=null", *settings, *options.settings]
     log = options.runs / f"{run}.log"
     with log.open("w") as out:
-        command = [sys.executable, "-m", "fewstep.distill", SAME.get(name, name), *common, "--resume"]
+        command = [sys.executable, "-m", "fewstep.distill", name, *common, "--resume"]
         started = subprocess.Popen(command, stdout=out, stderr=out)
         _, status, usage = os.wait4(started.pid, 0)
     if status:
@@ -124,7 +122,7 @@ def result(name: str, options: argparse.Namespace) -> dict[str, Any]:
     config = yaml.safe_load((folder / "config.yaml").read_text())
     peak = folder / "peak.json"
     return {
-        "config": SAME.get(name, name),
+        "config": name,
         "batch": config["train_batch_size"],
         "student": config["student"],
         "guidance_scale": config.get("guidance_scale"),
@@ -249,12 +247,12 @@ def main() -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     names = options.configs.split(",")
     for name in names:
-        load_config(SAME.get(name, name), options.settings)
+        load_config(name, options.settings)
 
     def train(name: str) -> None:
         if (options.runs / plain(name) / "student" / "fewstep.json").is_file():
             return
-        parts = getattr(load_config(SAME.get(name, name), options.settings), "parts", 1)
+        parts = getattr(load_config(name, options.settings), "parts", 1)
         n = max(10, int(60 * options.minutes / seconds[name] / parts))
         settings = [f"max_train_steps={n}"]
         if parts == 1:  # the figures of a part are not those of its siblings together

@@ -167,6 +167,60 @@ class Bare:
         target = alpha * eps - sigma * clean if self.velocity else eps
         self.step("fake_score", (output - target).square().mean())
 
+    def tdm(self, i: int) -> None:
+        c: Any = self.c
+        noise, hidden = self.batch()
+        rows = torch.arange(len(noise))
+        source = Rngs(c.seed, i, []).shared("count")  # as many steps as the trainer takes
+        count = c.steps[int(torch.randint(len(c.steps), (1,), generator=source))]
+        top = (c.init_level or 1) - c.below_top(count)
+        places = torch.tensor([top * (1 - k / count) for k in range(count + 1)])
+        alphas = torch.cat([torch.ones(1), self.alphas])[(1000 * places).round().long()]
+        sigmas = (1 - alphas**2).sqrt()
+        self.require_grad("student")
+
+        def end(x: Tensor, x0: Tensor, k: Tensor) -> Tensor:
+            a, s, to_a, to_s = (v[:, None, None, None] for v in (alphas[k], sigmas[k], alphas[k + 1], sigmas[k + 1]))
+            return to_a * x0 + to_s * (x - a * x0) / s
+
+        def index(level: Tensor) -> Tensor:
+            return (1000 * level).round().long().clamp(1, 1000) - 1
+
+        def noised(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            t = index(places[k + 1] + (places[k] - places[k + 1]) * torch.rand(len(x)))
+            (alpha, sigma), to_a, to_s = self.levels(t), alphas[k + 1], sigmas[k + 1]
+            a = alpha / to_a[:, None, None, None]
+            b = (sigma**2 - (a * to_s[:, None, None, None]) ** 2).clamp(min=1e-6).sqrt()
+            eps = torch.randn_like(x)
+            return t, a * x + b * eps, eps, b
+
+        with torch.no_grad():
+            states, x = [noise], noise
+            for k in range(count):
+                step = torch.full((len(x),), k)
+                x = end(x, self.x0("student", x, index(places[step]), hidden), step)
+                states.append(x)
+        states = torch.stack(states)
+        k = torch.randint(count, (len(noise),))
+        x0 = self.x0("student", states[k, rows], index(places[k]), hidden)
+        with torch.no_grad():
+            t, x_t, _, _ = noised(end(states[k, rows], x0, k), k)
+            fake = self.x0("fake_score", x_t, t, hidden)
+            real = self.guided(x_t, t, hidden, c.guidance_scale)
+            e = fake - real
+            huber = e / (e.square() + c.huber_c**2).sqrt() if c.divergence == "huber_kl" else e
+            direction = huber / (x0 - real).abs().mean((1, 2, 3), keepdim=True)
+        self.step("student", 0.5 * (x0 - (x0.detach() - direction)).square().mean())
+        self.require_grad("fake_score")
+        k = torch.randint(count, (len(noise),))
+        t, x_t, eps, b = noised(states[k + 1, rows], k)
+        alpha, sigma = self.levels(t)
+        eps = sigma * eps / b
+        clean = (x_t - sigma * eps) / alpha.clamp(min=1e-3)
+        target = alpha * eps - sigma * clean if self.velocity else eps
+        output = self.call("fake_score", x_t, t, hidden)
+        self.step("fake_score", ((b / sigma) ** 2 * (output - target).square()).mean())
+
 
 def prepared(config: TrainConfig) -> tuple[Callable[[int], None], Callable[[int], None], list[Counter]]:
     """The trainer's iteration, the bare one, and what each sends through its networks."""
