@@ -92,6 +92,17 @@ class Bare:
         empty, full = self.x0("teacher", torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         return empty + scale * (full - empty)
 
+    @torch.no_grad()
+    def direction(self, x0: Tensor, x_t: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
+        """What the two scores at x_t do to the sample x0."""
+        c: Any = self.c
+        fake = self.x0("fake_score", x_t, t, hidden)
+        real = self.guided(x_t, t, hidden, c.guidance_scale)
+        e = fake - real
+        if c.divergence == "huber_kl":
+            e = e / (e.square() + c.huber_c**2).sqrt()
+        return e / (x0 - real).abs().mean((1, 2, 3), keepdim=True)
+
     def step(self, name: str, loss: Tensor) -> None:
         """Backward, clipping, optimiser, moving average."""
         loss.backward()
@@ -155,10 +166,7 @@ class Bare:
             t = torch.randint(20, 980, (len(x),))
             alpha, sigma = self.levels(t)
             x_t = alpha * clean + sigma * torch.randn_like(x)
-            with torch.no_grad():
-                fake = self.x0("fake_score", x_t, t, hidden)
-                real = self.guided(x_t, t, hidden, c.guidance_scale)
-                direction = (fake - real) / (clean - real).abs().mean((1, 2, 3), keepdim=True)
+            direction = self.direction(clean, x_t, t, hidden)
             self.step("student", 0.5 * (x0 - (clean - direction)).square().mean())
         self.require_grad("fake_score")
         t, eps = torch.randint(1000, (len(x),)), torch.randn_like(x)
@@ -174,50 +182,37 @@ class Bare:
         source = Rngs(c.seed, i, []).shared("count")  # as many steps as the trainer takes
         count = c.steps[int(torch.randint(len(c.steps), (1,), generator=source))]
         top = (c.init_level or 1) - c.below_top(count)
-        places = torch.tensor([top * (1 - k / count) for k in range(count + 1)])
-        alphas = torch.cat([torch.ones(1), self.alphas])[(1000 * places).round().long()]
-        sigmas = (1 - alphas**2).sqrt()
+        ends = torch.tensor([max(0, round(1000 * top * (1 - k / count)) - 1) for k in range(count + 1)])
         self.require_grad("student")
 
         def end(x: Tensor, x0: Tensor, k: Tensor) -> Tensor:
-            a, s, to_a, to_s = (v[:, None, None, None] for v in (alphas[k], sigmas[k], alphas[k + 1], sigmas[k + 1]))
-            return to_a * x0 + to_s * (x - a * x0) / s
-
-        def index(level: Tensor) -> Tensor:
-            return (1000 * level).round().long().clamp(1, 1000) - 1
+            (alpha, sigma), (alpha_s, sigma_s) = self.levels(ends[k]), self.levels(ends[k + 1])
+            return alpha_s * x0 + sigma_s * (x - alpha * x0) / sigma
 
         def noised(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            t = index(places[k + 1] + (places[k] - places[k + 1]) * torch.rand(len(x)))
-            (alpha, sigma), to_a, to_s = self.levels(t), alphas[k + 1], sigmas[k + 1]
-            a = alpha / to_a[:, None, None, None]
-            b = (sigma**2 - (a * to_s[:, None, None, None]) ** 2).clamp(min=1e-6).sqrt()
-            eps = torch.randn_like(x)
-            return t, a * x + b * eps, eps, b
+            t = ends[k] - ((ends[k] - ends[k + 1]) * torch.rand(len(x))).long()
+            (alpha, sigma), (alpha_s, sigma_s) = self.levels(t), self.levels(ends[k + 1])
+            b = (sigma**2 - (alpha / alpha_s * sigma_s) ** 2).sqrt()
+            xi = torch.randn_like(x)
+            return t, alpha / alpha_s * x + b * xi, xi, b
 
+        states = [noise]
         with torch.no_grad():
-            states, x = [noise], noise
-            for k in range(count):
-                step = torch.full((len(x),), k)
-                x = end(x, self.x0("student", x, index(places[step]), hidden), step)
-                states.append(x)
-        states = torch.stack(states)
+            for step in range(count):
+                k = torch.full_like(rows, step)
+                states.append(end(states[-1], self.x0("student", states[-1], ends[k], hidden), k))
+        path = torch.stack(states)
         k = torch.randint(count, (len(noise),))
-        x0 = self.x0("student", states[k, rows], index(places[k]), hidden)
-        with torch.no_grad():
-            t, x_t, _, _ = noised(end(states[k, rows], x0, k), k)
-            fake = self.x0("fake_score", x_t, t, hidden)
-            real = self.guided(x_t, t, hidden, c.guidance_scale)
-            e = fake - real
-            huber = e / (e.square() + c.huber_c**2).sqrt() if c.divergence == "huber_kl" else e
-            direction = huber / (x0 - real).abs().mean((1, 2, 3), keepdim=True)
+        x0 = self.x0("student", path[k, rows], ends[k], hidden)
+        t, x_t, _, _ = noised(end(path[k, rows], x0.detach(), k), k)
+        direction = self.direction(x0.detach(), x_t, t, hidden)
         self.step("student", 0.5 * (x0 - (x0.detach() - direction)).square().mean())
         self.require_grad("fake_score")
         k = torch.randint(count, (len(noise),))
-        t, x_t, eps, b = noised(states[k + 1, rows], k)
+        t, x_t, xi, b = noised(path[k + 1, rows], k)
         alpha, sigma = self.levels(t)
-        eps = sigma * eps / b
-        clean = (x_t - sigma * eps) / alpha.clamp(min=1e-3)
-        target = alpha * eps - sigma * clean if self.velocity else eps
+        eps = sigma * xi / b
+        target = (eps - sigma * x_t) / alpha.clamp(min=1e-3) if self.velocity else eps
         output = self.call("fake_score", x_t, t, hidden)
         self.step("fake_score", ((b / sigma) ** 2 * (output - target).square()).mean())
 
@@ -279,17 +274,16 @@ def timed(iteration: Callable[[int], None], i: int) -> tuple[float, float]:
     return 1000 * (time.perf_counter() - clock), 1000 * (time.process_time() - processor)
 
 
-def alternation(trainer: Callable[[int], None], loop: Callable[[int], None], part: range) -> list[float]:
-    """Mean milliseconds of both, [trainer's clock and processor, the loop's], one iteration each in turn.
+def alternation(sides: tuple[Callable[[int], None], ...], part: range) -> list[float]:
+    """Mean milliseconds of each side, by the clock and of the processor, one iteration each in turn.
 
     Which is first changes each time: a machine's speed moves in seconds, and each side meets all of it.
     """
-    sums = [0.0] * 4
+    spent: list[list[tuple[float, float]]] = [[] for _ in sides]
     for i in part:
-        for side in (0, 2) if i % 2 else (2, 0):
-            for k, spent in enumerate(timed(loop if side else trainer, i)):
-                sums[side + k] += spent
-    return [total / len(part) for total in sums]
+        for k in (i % 2, 1 - i % 2):
+            spent[k].append(timed(sides[k], i))
+    return [statistics.fmean(column) for times in spent for column in zip(*times, strict=True)]
 
 
 def main() -> None:
@@ -314,7 +308,7 @@ def main() -> None:
         rows = []
         for turn in range(a.turns):
             part = range(turn * a.iterations, (turn + 1) * a.iterations)
-            rows.append(alternation(trainer, loop, part))
+            rows.append(alternation((trainer, loop), part))
             print(f"turn {turn + 1}: trainer {rows[-1][0]:.1f} ms, bare loop {rows[-1][2]:.1f} ms", file=sys.stderr)
     if counts[0] != counts[1]:
         raise SystemExit(f"not the same work: rows with and without graph {dict(counts[0])} and {dict(counts[1])}")
