@@ -198,18 +198,18 @@ class Bare:
 
         states = [noise]
         with torch.no_grad():
-            for step in range(count):
+            for step in range(count - 1):
                 k = torch.full_like(rows, step)
                 states.append(end(states[-1], self.x0("student", states[-1], ends[k], hidden), k))
         path = torch.stack(states)
         k = torch.randint(count, (len(noise),))
         x0 = self.x0("student", path[k, rows], ends[k], hidden)
-        t, x_t, _, _ = noised(end(path[k, rows], x0.detach(), k), k)
+        x_s = end(path[k, rows], x0.detach(), k)
+        t, x_t, _, _ = noised(x_s, k)
         direction = self.direction(x0.detach(), x_t, t, hidden)
         self.step("student", 0.5 * (x0 - (x0.detach() - direction)).square().mean())
         self.require_grad("fake_score")
-        k = torch.randint(count, (len(noise),))
-        t, x_t, xi, b = noised(path[k + 1, rows], k)
+        t, x_t, xi, b = noised(x_s, k)
         alpha, sigma = self.levels(t)
         eps = sigma * xi / b
         target = (eps - sigma * x_t) / alpha.clamp(min=1e-3) if self.velocity else eps

@@ -101,11 +101,11 @@ class DistributionMatching(Distiller):
             draws = Draws(self.rollout(batch, rng, "student" in roles, condition))
         for role in roles:
             draws.conditions[role] = condition
-            draws.t[role] = self.noise.shift(policy.drawn_level(c, role, rng, draws.points.get(role)))
+            draws.t[role] = self.noise.shift(policy.drawn_level(c, role, rng, draws.point))
             draws.eps[role] = rng.normal(f"{role} noise", batch.shape)
-        for role, name in self.own_levels(roles):
-            u, point = 1 - rng.uniform(f"{name} level"), draws.points.get(role)
-            draws.t[name] = self.noise.shift(u if point is None else point.level(u))
+        for name in self.own_levels(roles):
+            u = 1 - rng.uniform(f"{name} level")
+            draws.t[name] = self.noise.shift(u if draws.point is None else draws.point.level(u))
             draws.eps[name] = rng.normal(f"{name} noise", batch.shape)
         if c.fake_score_prompt_dropout and "fake_score" in roles:
             keep = rng.uniform("fake_score dropout") >= c.fake_score_prompt_dropout
@@ -114,12 +114,12 @@ class DistributionMatching(Distiller):
             draws.scale = c.guidance_scale + (c.guidance_scale_max - c.guidance_scale) * rng.uniform("guidance")
         return draws
 
-    def own_levels(self, roles: list[str]) -> list[tuple[str, str]]:
-        """Role, and what heads look at in its turn, each at a level and with a noise of its own; others share the role's."""
+    def own_levels(self, roles: list[str]) -> list[str]:
+        """What heads look at in the roles' turns, each at a level and with a noise of its own; others share the role's."""
         if self.discriminator is None or not self.config.own_gan_levels:
             return []
         looks = {"student": ["student gan"], "fake_score": ["fake gan", "real gan"]}
-        return [(role, name) for role in roles for name in looks[role]]
+        return [name for role in roles for name in looks[role]]
 
     def noised(self, x: Tensor, eps: Tensor, t: Tensor, point: Point | None) -> Tensor:
         """x_t of clean samples, or of those at a point's level, noised on from there."""
@@ -143,8 +143,7 @@ class DistributionMatching(Distiller):
     def loss(self, role: str, batch: Batch, draws: Draws, iteration: int) -> Iterator[Losses]:
         condition = draws.conditions.get(role, batch.condition)
         assert condition is not None
-        t, eps, x0 = draws.t[role], draws.eps[role], draws.x0.detach()
-        point = draws.points.get(role)
+        t, eps, x0, point = draws.t[role], draws.eps[role], draws.x0.detach(), draws.point
         if role == "fake_score":
             loss = self.denoising(x0, t, eps, condition, point).mean()
             yield Losses(loss, {"loss": loss.detach()})
@@ -210,7 +209,7 @@ class DistributionMatching(Distiller):
         Both are told the same, the sample's size included: an image's own `size_ids` would give it away.
         """
         assert batch.x0 is not None
-        point = draws.points.get("fake_score")
+        point = draws.point
         names = ("fake gan", "real gan") if "real gan" in draws.t else ("fake_score", "fake_score")
         (t, eps), (t_real, eps_real) = ((draws.t[n], draws.eps[n]) for n in names)
         x_t = self.noised(compared(draws.x0.detach(), point), eps, t, point)
@@ -228,7 +227,7 @@ class DistributionMatching(Distiller):
 
         `mean` bounds its logits. Of a sample that keeps noise it is done to the point, as the divergence's direction is.
         """
-        c, point = self.config, draws.points.get("student")
+        c, point = self.config, draws.point
         t, eps = (v["student gan" if c.own_gan_levels else "student"] for v in (draws.t, draws.eps))
         told = self.told(condition, point)
 
@@ -326,7 +325,7 @@ class DistributionMatching(Distiller):
     def forwards(self) -> dict[str, dict[str, float]]:
         c = self.config
         rollout = sum((k - 1) / 2 for k in c.steps) / len(c.steps)
-        rollout = {"noised_data": 0.0, "trajectory": sum(c.steps) / len(c.steps)}.get(c.policy, rollout)
+        rollout = {"noised_data": 0.0, "trajectory": sum(k - 1 for k in c.steps) / len(c.steps)}.get(c.policy, rollout)
         if c.policy == "phases":  # each a like share of the iterations
             rollout = sum(sum(phase) / len(phase) for phase in self.phases) / len(self.phases)
-        return cost.calls(c, rollout, self.guidance is not None, c.policy == "trajectory")
+        return cost.calls(c, rollout, self.guidance is not None)

@@ -5,16 +5,13 @@ from __future__ import annotations
 from fewstep.distill.family_config import DistributionMatchingConfig, Explicit
 
 
-def calls(
-    config: DistributionMatchingConfig, rollout: float, told_guidance: bool, steps_alone: bool
-) -> dict[str, dict[str, float]]:
+def calls(config: DistributionMatchingConfig, rollout: float, told_guidance: bool) -> dict[str, dict[str, float]]:
     """Expected rows through networks over the batch, by the roles that step: without graph `forward`, with `backward`.
 
     Args:
         config: the method's.
         rollout: of the student without graph, before the call that is trained.
         told_guidance: the networks take the scale as an input: a guided teacher is one call.
-        steps_alone: the fake score has its own sample from the rollout, and needs no trained call where it steps alone.
     """
     teacher, fake, trained = (
         1 if scale in (0, 1) else 2
@@ -33,5 +30,5 @@ def calls(
         "forward": rollout + scores[0] + look - graph + still,
         "backward": 1 + regressed + scores[1] + graph + trained,
     }
-    alone = {"forward": rollout + (not steps_alone) + still, "backward": trained}
+    alone = {"forward": rollout + 1 + still, "backward": trained}
     return {"student and fake_score": both, "fake_score": alone}

@@ -104,7 +104,7 @@ def phase_draws(
     # `Denoiser.phased` gives a LoRA what is within 1e-6 of its first level after the shift, too
     gap = 4e-6 if student.phase_ends else 2 * fineness(student.noise)
     point = Point(jump(x, x0.detach(), t, s, student.noise), x0.detach(), start, to, s, gap=gap)
-    return Draws(x0, points=dict.fromkeys(roles, point))
+    return Draws(x0, point=point)
 
 
 def _rows(level: float, x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Point:
 class Draws:
     """The student's x0 (B, ...), with a graph if it steps; a level (B,) and noise (B, ...) for each role's loss.
 
-    `points`: what each role's loss noises, where that is not x0 but a sample at a lower level. `paired`: of each pair a
+    `point`: what is noised, where that is not x0 but a sample at a lower level. `paired`: of each pair a
     state x_t of the teacher's on the way of the student's steps, its t, and the x0 that takes it to the next.
     `conditions`: what each role is told, where some prompts were emptied; `scale`: the teacher's guidance, where it is
     drawn (B,), or not the config's.
@@ -58,7 +58,7 @@ class Draws:
     x0: Tensor
     t: dict[str, Tensor] = field(default_factory=dict)
     eps: dict[str, Tensor] = field(default_factory=dict)
-    points: dict[str, Point] = field(default_factory=dict)
+    point: Point | None = None
     paired: tuple[Tensor, Tensor, Tensor] | None = None
     conditions: dict[str, Condition] = field(default_factory=dict)
     scale: float | Tensor | None = None
@@ -135,20 +135,15 @@ def noised_data(x0: Tensor, plan: SamplingPlan, stop: int, rng: Rngs, noise: Noi
 @torch.no_grad()
 def trajectory(
     student: Denoiser, condition: Condition, plan: SamplingPlan, rng: Rngs, shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """The live student's own K steps by the `ode` rule (TDM): its states (K + 1, B, ...) and x0 predictions (K, B, ...).
-
-    State i is the input of step i, the last is the sample.
-    """
+) -> Tensor:
+    """Inputs of all steps on the live student's own way, by the `ode` rule (TDM), (K, B, ...); the last is not taken."""
     x = plan.initial_scale * rng.normal("start", shape)
-    states, predictions = [x], []
-    for step in plan.steps:
+    states = [x]
+    for step in plan.steps[:-1]:
         t, s = (student.noise.shift(torch.tensor(v, device=x.device)) for v in (step.level, step.to))
-        x0 = student.x0(x, t, condition)
-        x = jump(x, x0, t, s, student.noise)
+        x = jump(x, student.x0(x, t, condition), t, s, student.noise)
         states.append(x)
-        predictions.append(x0)
-    return torch.stack(states), torch.stack(predictions)
+    return torch.stack(states)
 
 
 def jump(x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor, noise: NoiseProcess) -> Tensor:
@@ -170,26 +165,21 @@ def trajectory_draws(
     shape: tuple[int, ...],
     roles: list[str],
 ) -> Draws:
-    """Where steps of the student's own trajectory end, for each role a step of its own in each row.
+    """Where a step of the student's own trajectory ends, one for each row; all roles look at the same, each at its level.
 
-    The fake score's are states of the trajectory; of the student's, the one call is made again with a graph.
+    All rows walk to the last step's input, whichever they take: as many calls, and as large, in every process.
     """
-    states, predictions = trajectory(student, condition, plan, rng, shape)
+    states = trajectory(student, condition, plan, rng, shape)
     starts, ends = (torch.tensor(v, device=states.device) for v in (plan.levels, [p.to for p in plan.steps]))
-    points = {}
-    for role in roles:
-        step = rng.integers(f"{role} step", 0, len(plan.steps))
-        start, to = starts[step], ends[step]
-        t, s = student.noise.shift(start), student.noise.shift(to)
-        compared = start if config.separate_levels else starts[0].expand_as(start)
-        number = config.steps_before(len(plan.steps)) + step if config.step_conditioned else None
-        x, x0 = chosen(states, step + 1), chosen(predictions, step)
-        if role == "student":
-            x_t = chosen(states, step)
-            x0 = student.x0(x_t, t, condition)
-            x = jump(x_t, x0.detach(), t, s, student.noise)
-        points[role] = Point(x, x0, compared, to, s, number)
-    return Draws(points[roles[0]].x0, points=points)
+    step = rng.integers("step", 0, len(plan.steps))
+    start, to, x_t = starts[step], ends[step], chosen(states, step)
+    t, s = student.noise.shift(start), student.noise.shift(to)
+    with torch.set_grad_enabled("student" in roles):
+        x0 = student.x0(x_t, t, condition)
+    x = jump(x_t, x0.detach(), t, s, student.noise)
+    compared = start if config.separate_levels else starts[0].expand_as(start)
+    number = config.steps_before(len(plan.steps)) + step if config.step_conditioned else None
+    return Draws(x0, point=Point(x, x0.detach(), compared, to, s, number))
 
 
 def paired_step(

@@ -174,14 +174,12 @@ def test_levels_and_noises_of_samples_that_keep_noise(kind: str, tmp_path: Path)
             for role in ("student", "fake_score"):
                 list(made.loss(role, batch, draws, 0))
         names = ("student gan", "fake gan", "real gan") if kind == "heads" else ("student", "fake_score", "fake_score")
-        points = [draws.points[role] for role in ("student", "fake_score", "fake_score")]
-        for name, at in zip(names, points, strict=True):
+        at = draws.point
+        assert at is not None
+        below += int((at.to > 0).sum())
+        for name in names:
             assert ((draws.t[name] > at.to) & (draws.t[name] <= at.start)).all()
-            below += int((at.to > 0).sum())
-        wanted = [
-            made.noise.renoise(at.x, draws.eps[n], at.s, draws.t[n])
-            for n, at in zip(names[:2], points[:2], strict=True)
-        ]
+        wanted = [made.noise.renoise(at.x, draws.eps[n], at.s, draws.t[n]) for n in names[:2]]
         wanted.append(made.noise.add(batch.x0, draws.eps[names[2]], draws.t[names[2]]))
         assert torch.allclose(torch.cat([c.x_t for c in seen if c.stopped]), torch.cat(wanted), atol=1e-6)
     assert below > 0
@@ -202,7 +200,7 @@ def test_what_it_adds_where_a_step_ends(tmp_path: Path):
     found = []
     for method in (made, plain):
         sample = x0.clone().requires_grad_()
-        draws = Draws(sample, t={"student": t}, eps={"student": eps}, points={"student": at})
+        draws = Draws(sample, t={"student": t}, eps={"student": eps}, point=at)
         (losses,) = method.loss("student", batch, draws, 0)
         losses.total.backward()
         assert sample.grad is not None

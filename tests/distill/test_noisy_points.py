@@ -120,8 +120,8 @@ def test_the_published_target_is_an_option(tmp_path: Path):
         made = exact(tmp_path, "flow", Laws(), method="tdm", fake_score_target=target)
         batch = prompts_of(made.teacher.denoiser, [str(SHIFT)] * 4)
         draws = made.draw(batch, Rngs(0, 0, range(4)), 0, ["fake_score"])
-        at = draws.points["fake_score"]
-        draws.points["fake_score"] = replace(at, x=at.x0 + 1)  # a point that its x0 does not determine
+        assert draws.point is not None
+        draws.point = replace(draws.point, x=draws.x0 + 1)  # a point that its x0 does not determine
         (losses,) = made.loss("fake_score", batch, draws, 0)
         found[target] = losses.total.item()
     assert found["exact"] != pytest.approx(found["x0_hat"], rel=0.05)
@@ -140,7 +140,7 @@ def on_the_sample(made: DistributionMatching, x0: Tensor, t: Tensor, eps: Tensor
     """What the student's loss does to its x0, times the number of elements."""
     x0 = x0.detach().clone().requires_grad_()
     batch = prompts_of(made.teacher.denoiser, [str(SHIFT)] * len(x0))
-    draws = Draws(x0, {"student": t}, {"student": eps}, {"student": at})
+    draws = Draws(x0, {"student": t}, {"student": eps}, at)
     (losses,) = made.loss("student", batch, draws, 0)
     return torch.autograd.grad(losses.total, x0)[0] * x0.numel()
 

@@ -163,8 +163,8 @@ def test_levels_are_drawn_by_row_and_student_alone_is_held(tmp_path: Path):
         assert draws.paired is not None
         seen = {round(t, 3) for t in draws.paired[1].tolist()}
         assert seen in ({1.0}, {0.96, 0.48}, {0.92, 0.69, 0.46, 0.23})
-        points = {round(t, 3) for t in draws.points["student"].start.tolist()}
-        assert points == seen
+        assert draws.point is not None
+        assert {round(t, 3) for t in draws.point.start.tolist()} == seen
         starts.add(max(seen))
     assert starts == {1.0, 0.96, 0.92}
     assert student.draw(batch, Rngs(0, 0, range(batch.size)), 0, ["fake_score"]).paired is None

@@ -134,7 +134,8 @@ def test_a_jump_goes_to_the_phases_end(name: str, tmp_path: Path):
             x0 = student.x0(x, t, batch.condition)
             x = noise.add(x0, noise.eps_of_x0(x0, x, t), s)
         for role, margin in (("student", 0.02), ("fake_score", 0.0)):
-            at = draws.points[role]
+            at = draws.point
+            assert at is not None
             assert torch.allclose(at.x, x, rtol=1e-4, atol=1e-4)
             assert (at.to == to).all()
             assert (at.start == to + 0.5).all()
@@ -177,13 +178,14 @@ def test_at_the_last_phase_it_is_dmd(tmp_path: Path):
     batch = prompts_of(made.teacher.denoiser, [str(SHIFT)] * 8)
     require_grad(made.roles(), ["student"])
     draws = made.draw(batch, Rngs(0, 1, range(8)), 1, ["student", "fake_score"])
-    assert (draws.points["student"].s == 0).all()
+    assert draws.point is not None
+    assert (draws.point.s == 0).all()
     found = {}
-    for points in (draws.points, {}):
-        draws.points = points
+    for point in (draws.point, None):
+        draws.point = point
         for role in ("student", "fake_score"):
             (losses,) = made.loss(role, batch, draws, 1)
-            found[role, bool(points)] = losses.total.item()
+            found[role, point is not None] = losses.total.item()
     for role in ("student", "fake_score"):
         assert found[role, True] == pytest.approx(found[role, False], rel=1e-5)
         assert found[role, True] > 1e-6
@@ -243,7 +245,8 @@ def test_loras_of_one_network_are_trained_as_two_networks_are(tmp_path: Path):
             roles = made.updates(i)
             draws = made.draw(batch, Rngs(0, i, range(2)), i, roles)
             losses = {role: next(iter(made.loss(role, batch, draws, i))).total.item() for role in roles}
-            found.append(losses | {"x": draws.points["student"].x.norm().item()})
+            assert draws.point is not None
+            found.append(losses | {"x": draws.point.x.norm().item()})
     for a, b in zip(found[:4], found[4:], strict=True):
         assert a == pytest.approx(b, rel=1e-5)
         assert all(abs(v) > 1e-6 for v in a.values())

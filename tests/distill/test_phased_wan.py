@@ -100,7 +100,8 @@ def test_a_phase_reaches_its_own_networks_alone(order: str, kind: str, tmp_path:
     for i, network in enumerate(turns):
         draws = made.draw(batch, Rngs(0, i, range(48)), i, ROLES)
         for role in ROLES:
-            point = draws.points[role]
+            point = draws.point
+            assert point is not None
             at = torch.cat(
                 [made.noise.unshift(draws.t[role]), point.level(torch.zeros(48)), point.level(torch.ones(48))]
             )

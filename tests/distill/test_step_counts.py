@@ -44,10 +44,11 @@ def test_one_count_is_drawn_for_all_rows(tmp_path: Path):
         for rank in range(2):
             rngs = Rngs(0, i, range(2 * rank, 2 * rank + 2))
             draws = made.draw(prompts_of(teacher, [""] * 2), rngs, i, ["student", "fake_score"])
-            for point in draws.points.values():
-                lengths = point.start - point.to
-                counts |= set((1 / lengths).round().int().tolist())
-                assert torch.allclose((point.to / lengths).round() * lengths, point.to)  # one of that count's ends
+            point = draws.point
+            assert point is not None
+            lengths = point.start - point.to
+            counts |= set((1 / lengths).round().int().tolist())
+            assert torch.allclose((point.to / lengths).round() * lengths, point.to)  # one of that count's ends
         assert len(counts) == 1
         seen[counts.pop()] += 1
     assert sorted(seen) == [1, 2, 4]
@@ -64,9 +65,9 @@ def test_the_cost_is_the_mean_over_the_counts(tmp_path: Path):
             trainer.step(i)
         by_backward = rows_by_backward(seen, 2)
         rows.setdefault(by_backward[False], by_backward[True])
-    assert set(rows) == {1 + 2 + 1, 4 + 2 + 1}
+    assert set(rows) == {0 + 2 + 1, 3 + 2 + 1}
     assert set(rows.values()) == {2}
-    assert made.forwards()["student and fake_score"] == {"forward": 2.5 + 2 + 1, "backward": 2}
+    assert made.forwards()["student and fake_score"] == {"forward": 1.5 + 2 + 1, "backward": 2}
 
 
 def test_what_one_count_lacks_the_others_make_up_for(tmp_path: Path):
@@ -121,7 +122,10 @@ class Telling(Teacher):
 
 
 def test_told_apart_every_count_is_exact(tmp_path: Path):
-    """The same teacher, from a level for each count and with a fake score that knows whose end it sees: both are right."""
+    """The same teacher, from a level for each count and with a fake score that knows whose end it sees: both are right.
+
+    But for the sign of a gain that begins at 0: a law with mean 0 does not tell it.
+    """
     std = 0.5
     teacher = Telling(PROCESSES["flow"], [0.0], [std], knots=10)
     settings = {
@@ -134,7 +138,7 @@ def test_told_apart_every_count_is_exact(tmp_path: Path):
     one, first, second = (affine(made.student.denoiser, level, "")[0].item() for level in (1.0, 0.8, 0.4))
     # from N(0, 1) at 0.8, where the teacher's own is hardly wider: x = alpha_s x0 + sigma_s eps
     middle = 0.6 * first + 0.4 * (1 - 0.2 * first) / 0.8
-    assert one == pytest.approx(std, rel=0.06)
+    assert abs(one) == pytest.approx(std, rel=0.06)
     assert second * middle == pytest.approx(std, rel=0.06)
 
 
@@ -149,7 +153,8 @@ def test_the_fake_score_alone_is_told_which_step_of_which_count(tmp_path: Path):
     seen = set()
     for i in range(9):
         draws = made.draw(batch, Rngs(0, i, range(32)), i, ["student", "fake_score"])
-        count = round(1 / (draws.points["student"].start - draws.points["student"].to)[0].item())
+        assert draws.point is not None
+        count = round(1 / (draws.point.start - draws.point.to)[0].item())
         for role in ("student", "fake_score"):
             told["fake_score"].clear()
             list(made.loss(role, batch, draws, i))
@@ -170,7 +175,9 @@ def test_shared_levels_are_all_above_where_a_step_ends(tmp_path: Path):
         made = method(tmp_path, teacher, method="tdm", steps=[4], **settings)
         for i in range(20):
             draws = made.draw(prompts_of(teacher, [""] * 8), Rngs(0, i, range(8)), i, ["student", "fake_score"])
-            for role, point in draws.points.items():
+            point = draws.point
+            assert point is not None
+            for role in ("student", "fake_score"):
                 assert (draws.t[role] >= point.to).all()
                 assert (draws.t[role] <= point.start).all()
                 above[separate] |= set((draws.t[role] > point.to + 0.26).tolist())

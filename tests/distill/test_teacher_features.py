@@ -193,7 +193,8 @@ def test_the_teacher_is_told_the_prompt(tmp_path: Path):
     made, batch = made_of(tmp_path, "full", **steps)
     assert batch.condition is not None
     draws = made.draw(batch, Rngs(0, 0, range(2)), 0, ["student", "fake_score"])
-    point = draws.points["fake_score"]
+    point = draws.point
+    assert point is not None
     assert point.number is not None
     assert made.told_fake(batch.condition, point).guidance is not None
     assert made.told(batch.condition, point).guidance is None
