@@ -20,6 +20,7 @@ from typing import Any
 ROWS = {
     "LoRA on a shared base": {"student": "lora"},
     "LoRA on a shared base, checkpointing": {"student": "lora", "gradient_checkpointing": True},
+    "full student, LoRA fake score": {"student": "full", "fake_score": "lora"},
     "full copies": {"student": "full"},
     "full copies, checkpointing": {"student": "full", "gradient_checkpointing": True},
 }

@@ -131,15 +131,23 @@ def finalists(tried: list[dict[str, Any]], count: int) -> list[Choice]:
 
 
 def ratio(student: Tensor, teacher: Tensor, real: Tensor, reference: Tensor) -> tuple[float, float]:
-    """(fd(student) - fd(real)) / (fd(teacher) - fd(real)) of features to the reference, and its bootstrap error."""
+    """r = (fd(student) - fd(real)) / (fd(teacher) - fd(real)) of features to the reference, and its error.
 
-    def value(i: Tensor, j: Tensor, k: Tensor, m: Tensor) -> float:
-        floor = frechet_distance(reference[m], real[k])
-        above = [frechet_distance(reference[m], f) - floor for f in (student[i], teacher[j])]
-        return above[0] / above[1]
+    All four are pictures of the same prompts, student and teacher from the same noise: prompts are drawn with
+    replacement. The error is that of student - r teacher over the teacher, which stays finite where the teacher's is small.
+    """
 
-    sizes = [len(f) for f in (student, teacher, real, reference)]
-    return value(*(torch.arange(n) for n in sizes)), stderr(value, *sizes)
+    def above(i: Tensor) -> tuple[float, float]:
+        floor = frechet_distance(reference[i], real[i])
+        return frechet_distance(reference[i], student[i]) - floor, frechet_distance(reference[i], teacher[i]) - floor
+
+    def left(i: Tensor) -> float:
+        ours, others = above(i)
+        return ours - reached * others
+
+    ours, others = above(torch.arange(len(reference)))
+    reached = ours / others
+    return reached, stderr(left, len(reference)) / abs(others)
 
 
 def weights_mark(folder: Path) -> str:

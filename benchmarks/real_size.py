@@ -104,6 +104,11 @@ ROWS: dict[str, tuple[Callable[[Any], Any], str, list[str]]] = {
     "sdxl": (sdxl, "dmd2/sdxl-lora", ["base_dtype=bf16"]),
     "sdxl-xformers": (sdxl, "dmd2/sdxl-lora", ["base_dtype=bf16", "attention=xformers"]),
     "sdxl-checkpointing": (sdxl, "dmd2/sdxl-lora", ["base_dtype=bf16", "gradient_checkpointing=true"]),
+    "sdxl-full-beside": (
+        sdxl,
+        "dmd2/sdxl",
+        ["train_batch_size=1", "gradient_checkpointing=true", "fake_score=lora"],
+    ),
     "sdxl-full": (sdxl, "dmd2/sdxl", ["train_batch_size=1", "gradient_checkpointing=true"]),
     "sana": (sana, "dmd2/sana-1.6b-lora", ["base_dtype=bf16"]),
     "flux": (flux, "dmd2/flux-dev-lora", ["base_dtype=bf16", "gradient_checkpointing=true"]),

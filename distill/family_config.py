@@ -112,6 +112,9 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
     feature_blocks: list[str] | None = Field(None, min_length=1, description="read by it; default: the family's")
     gan_warmup_steps: int = Field(0, ge=0, description="iterations before the student feels the discriminator")
 
+    fake_score: Literal["lora"] | None = Field(
+        None, description="lora: adapters on the teacher, beside a full student; default: of the student's kind"
+    )
     fake_score_updates: int = Field(5, ge=1, description="fake score updates per student update")
     fake_score_warmup_steps: int = Field(0, ge=0, description="iterations of the fake score alone")
     fake_score_learning_rate: float | None = Field(None, gt=0, description="default: the student's")

@@ -246,9 +246,9 @@ def need(
     gradients = 4 * max(map(sum, trained.values()))
     moments = sum(_moments(config, sizes) for sizes in trained.values())
     # a student may be smaller than its fake score; of like sizes it is the student
-    largest = max((r for r in roles.values() if r.trained), key=lambda r: bytes_of(bare(r.denoiser.network)))
+    largest = max((r for r in roles.values() if r.trained), key=lambda r: without_adapters(bare(r.denoiser.network)))
     network = bare(largest.denoiser.network)
-    key = (config.student, checkpointing, fused, config.mixed_precision, weights_in(config))
+    key = (largest.adapter is None, checkpointing, fused, config.mixed_precision, weights_in(config))
     if key not in known:
         shape = base.latent_shape(config.height, config.width, config.num_frames)
         known[key] = activations(*call(config, largest, shape, config.train_batch_size), checkpointing, fused)
@@ -261,6 +261,11 @@ def need(
         int(saved),
         math.ceil(gradients / devices) if fused else 0,  # AdamW on a GPU makes one more tensor of each weight's size
     )
+
+
+def without_adapters(network: nn.Module) -> int:
+    """Number of a network's parameters, those of LoRAs left out."""
+    return sum(p.numel() for key, p in network.named_parameters() if ".lora_" not in key)
 
 
 def bytes_of(module: nn.Module) -> int:

@@ -32,6 +32,7 @@ class Networks:
         target_modules: ends of layer names; default: the family's.
         seed: of the adapters' random halves.
         student: what the role `student` starts as; full weights only; default: the teacher.
+        beside: what the other trained roles are; `lora` beside a full student are adapters on the teacher; default: `kind`.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Networks:
         target_modules: Sequence[str] | None = None,
         seed: int = 0,
         student: Denoiser | None = None,
+        beside: str | None = None,
     ):
         self.base = teacher
         self.student = student or teacher
-        self.kind = kind
+        self.kind, self.beside = kind, beside or kind
         self.rank, self.alpha = rank, alpha or rank
         self.targets = list(target_modules or teacher.lora_targets)
         self.seed = seed
@@ -63,7 +65,7 @@ class Networks:
 
     def trained(self, name: str, guidance_input: bool = False, phase_ends: Sequence[float] = ()) -> Role:
         """A trainable role that starts as the teacher, or as `student` has it; with `phase_ends` a LoRA for each phase."""
-        if self.kind == "lora":
+        if self._is_lora(name):
             if guidance_input and not self.base.takes_guidance:
                 raise UserError("a guidance input would be a new layer of the base: train a full student, not a LoRA")
             role = self._adapter(name, phase_ends)
@@ -78,9 +80,10 @@ class Networks:
 
     def numbered(self, name: str) -> Role:
         """A trained role that is told the number of a step too, by the input that others are told a guidance scale by."""
-        if self.kind == "lora":
+        if self._is_lora(name):
             raise UserError(
-                "step_conditioned: the step's number is a new input, which no adapter adds; set student: full"
+                "step_conditioned: the step's number is a new input, which no adapter adds; set student: full, and no "
+                "fake_score: lora"
             )
         if self.base.takes_guidance:
             raise UserError(
@@ -101,7 +104,7 @@ class Networks:
         """A moving average of a trained role; the trainer updates it after that role's step."""
         source = self._roles[of]
         name = f"{of}_average"
-        lora = self.kind == "lora"
+        lora = self._is_lora(of)
         role = self._adapter(name, source.denoiser.phase_ends) if lora else self._copy(source.denoiser)
         with torch.no_grad():
             for key, parameter in role.parameters.items():
@@ -110,8 +113,11 @@ class Networks:
         self._roles[name] = role
         return role
 
+    def _is_lora(self, name: str) -> bool:
+        return (self.kind if name == "student" else self.beside) == "lora"
+
     def _seen(self, adapter: str | None) -> Denoiser:
-        if self.kind == "full":
+        if self.beside == "full":
             return self.base
         return self.base.with_networks({n: Adapted(bare(m), adapter) for n, m in self.base.networks.items()})
 

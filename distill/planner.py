@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from fewstep.distill.config import ConfigError, TrainConfig
 from fewstep.distill.console import columns
 from fewstep.distill.distiller import Distiller
-from fewstep.distill.memory import Need, bytes_of, need
+from fewstep.distill.memory import Need, bytes_of, need, without_adapters
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
@@ -28,19 +29,31 @@ NOTE = (
 )
 
 
-def strategies(config: TrainConfig, devices: int) -> Iterator[tuple[str, TrainConfig, bool, int]]:
-    """Name, config, checkpointing, devices: what could be done, each with the config's other settings."""
-    lora = {"student": "lora"}
-    full = {"student": "full", "quantization_config": None}
+def kinds(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """What the roles could be, and the keys that say so."""
+    full = {"student": "full"}
+    if "fake_score" not in type(config).model_fields:
+        return {"LoRA on a shared base": {"student": "lora"}, "full copies": full}
+    return {
+        "LoRA on a shared base": {"student": "lora"},
+        "full copies": full | {"fake_score": None},
+        "full student, LoRA fake score": full | {"fake_score": "lora"},
+    }
+
+
+def strategies(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig, bool, int]]:
+    """Kind, name below it, config, checkpointing, devices: what could be done, each with the config's other settings."""
     bf16 = {"base_dtype": "bf16", "quantization_config": None}
-    yield "LoRA on a shared base", config.model_copy(update=lora), False, 1
-    yield "  checkpointing", config.model_copy(update=lora), True, 1
-    yield "  checkpointing, base bf16", config.model_copy(update=lora | bf16), True, 1
-    yield "  checkpointing, base nf4", config.model_copy(update=lora | bf16 | {"quantization_config": "nf4"}), True, 1
-    yield f"  checkpointing, FSDP over {devices}", config.model_copy(update=lora), True, devices
-    yield "full copies", config.model_copy(update=full), False, 1
-    yield "  checkpointing", config.model_copy(update=full), True, 1
-    yield f"  checkpointing, FSDP over {devices}", config.model_copy(update=full), True, devices
+    for kind, keys in kinds(config).items():
+        lora = keys["student"] == "lora"
+        asked = config.model_copy(update=keys if lora else keys | {"quantization_config": None})
+        yield kind, "", asked, False, 1
+        yield kind, "checkpointing", asked, True, 1
+        if lora:
+            yield kind, "checkpointing, base bf16", asked.model_copy(update=bf16), True, 1
+            nf4 = bf16 | {"quantization_config": "nf4"}
+            yield kind, "checkpointing, base nf4", asked.model_copy(update=nf4), True, 1
+        yield kind, f"checkpointing, FSDP over {devices}", asked, True, devices
 
 
 def plan(config: TrainConfig, memory: str | None = None, devices: int = 8, base: Denoiser | None = None) -> str:
@@ -65,20 +78,20 @@ def plan(config: TrainConfig, memory: str | None = None, devices: int = 8, base:
     found: dict[str, tuple[Need | str, TrainConfig, bool, int]] = {}
     made: dict[str, Distiller | str] = {}
     known: dict[Any, int] = {}
-    for kind in ("full", "lora"):  # adapters are added to the base, so copies are made first
-        asked = config.model_copy(update={"student": kind})
+    for kind, keys in kinds(config).items():
+        asked = config.model_copy(update=keys)
+        # adapters are added to it
+        own = base.with_networks({n: copy.deepcopy(bare(m)) for n, m in base.networks.items()})
         try:
-            made[kind] = methods_distiller(asked, networks_of(asked, base))
+            made[kind] = methods_distiller(asked, networks_of(asked, own))
         except UserError as error:
             made[kind] = str(error)
     if all(isinstance(method, str) for method in made.values()):
-        raise UserError(str(made["lora"]))
-    group = ""
-    for name, asked, checkpointing, over in strategies(config, devices):
-        group = group if name.startswith(" ") else name
-        method = made[asked.student]
+        raise UserError(str(made["LoRA on a shared base"]))
+    for kind, name, asked, checkpointing, over in strategies(config, devices):
+        method = made[kind]
         row = method if isinstance(method, str) else need(asked, method, base, checkpointing, over, known=known)
-        found[f"{group},{name[1:]}" if name.startswith(" ") else name] = (row, asked, checkpointing, over)
+        found[f"{kind}, {name}" if name else kind] = (row, asked, checkpointing, over)
     return _text(config, base, found, limit, made)
 
 
@@ -89,10 +102,10 @@ def _text(config: TrainConfig, base: Denoiser, found: dict[str, Any], limit: int
             continue
         cells = [row.weights, row.gradients, row.optimizer, row.activations, row.total]
         table.append([name, *map(_gib, cells), *(["yes" if row.total <= limit else "no"] if limit else [])])
-    count = sum(p.numel() for n in base.networks.values() for k, p in bare(n).named_parameters() if ".lora_" not in k)
-    trained = [["trained role", *(f"{kind}" for kind in ("lora", "full"))]]
-    for role in made["full"].roles() if not isinstance(made["full"], str) else made["lora"].roles():
-        sizes = [_size(made[kind], role) for kind in ("lora", "full")]
+    count = sum(without_adapters(bare(n)) for n in base.networks.values())
+    trained = [["trained role", *made]]
+    for role in next(method for method in made.values() if not isinstance(method, str)).roles():
+        sizes = [_size(method, role) for method in made.values()]
         if any(s != "-" for s in sizes):
             trained.append([role, *sizes])
     rest = sum(
@@ -107,7 +120,7 @@ def _text(config: TrainConfig, base: Denoiser, found: dict[str, Any], limit: int
         columns(table) + "\n(GiB on each device)",
         "",
     ]
-    lines += [f"{name}: {row}" for name, (row, *_) in found.items() if isinstance(row, str)]
+    lines += [f"{kind}: {why}" for kind, why in made.items() if isinstance(why, str)]
     own = next(
         (name for name, (row, asked, ck, over) in found.items()
          if over == 1 and asked.model_dump() == config.model_dump() and ck == config.gradient_checkpointing), None,

@@ -82,7 +82,8 @@ def methods_distiller(config: TrainConfig, networks: Networks) -> Distiller:
 def networks_of(config: TrainConfig, teacher: Denoiser) -> Networks:
     """The factory of a config's roles; UserError for a student that cannot stand in the teacher's place."""
     c, start = config, student_start(config, teacher)
-    return Networks(teacher, c.student, c.rank, c.lora_alpha, c.target_modules, c.seed, start)
+    beside = getattr(c, "fake_score", None)
+    return Networks(teacher, c.student, c.rank, c.lora_alpha, c.target_modules, c.seed, start, beside)
 
 
 def train(

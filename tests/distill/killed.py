@@ -34,7 +34,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         **{"steps": [1, 2], "fake_score_updates": 2, "fake_score_learning_rate": 0.02, "preflight": True},
         **{"gan_weight": 0.1, "discriminator_features": "teacher"},
     },
-    "disback-full": {**PATH, "policy": "trajectory", "divergence": "huber_kl", "steps": [2]},
+    "disback-full": {**PATH, "policy": "trajectory", "divergence": "huber_kl", "steps": [2], "fake_score": "lora"},
     # the second phase begins in iteration 4
     "phased_dmd-lora": {"steps": [2], "fake_score_updates": 2, "fake_score_warmup_steps": 1},
     "dmd-lora": {"num_pairs": 5, "pair_steps": 2, "regression_metric": "pseudo_huber", "regression_weight": 2.0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -75,6 +76,7 @@ def test_a_skeleton_keeps_what_the_real_network_keeps(build: Callable[[], Any], 
 CASES = {
     "dmd2 lora": {"method": "dmd2", "student": "lora", "steps": [2]},
     "dmd2 full": {"method": "dmd2", "student": "full", "steps": [1], "ema_decay": 0.9},
+    "dmd2 beside": {"method": "dmd2", "student": "full", "fake_score": "lora", "steps": [1]},
     "dmd2 gan": {"method": "dmd2", "student": "full", "steps": [1], "gan_weight": 0.01},
     "dmd2 smaller": {"method": "dmd2", "student": "full", "steps": [1], "student_config": {"mid_block_type": None}},
     "tsm": {"method": "tsm", "student": "full", "student_config": {"block_out_channels": [8, 8]}},
@@ -205,11 +207,16 @@ def test_mixed_precision_keeps_what_autocast_does_on_a_gpu():
 
 def test_a_plan_says_what_fits(tmp_path: Path):
     """From a folder without weights; the line of the config itself; refusals of a method stand in the plan."""
-    saved(tiny_stable_diffusion, tmp_path / "pipeline")
+    real, _ = saved(tiny_stable_diffusion, tmp_path / "pipeline")
     settings = config(tmp_path, method="dmd2", teacher=str(tmp_path / "pipeline"), gradient_checkpointing=True)
     text = plan(settings, "24GiB", 4)
     rows = [line for line in text.splitlines() if line.endswith(" yes")]
-    assert len(rows) == 8
+    assert len(rows) == 11
+    assert "full student, LoRA fake score, checkpointing, FSDP over 4" in text
+    full = sum(p.numel() for p in real.network.parameters())
+    lora = sum(p.numel() for p in made(settings, real).roles()["student"].parameters.values())
+    assert re.search(rf"^fake_score +{lora:,} +{full:,} +{lora:,}$", text, re.MULTILINE)
+    assert re.search(rf"^student +{lora:,} +{full:,} +{full:,}$", text, re.MULTILINE)
     assert "LoRA on a shared base, checkpointing, FSDP over 4" in text
     assert "this config: LoRA on a shared base, checkpointing, 0." in text
     assert "which fits" in text

@@ -16,7 +16,7 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
 from tests.pipelines import tiny_ddpm, tiny_stable_diffusion, tiny_wan
 
-KINDS = ("lora", "full")
+KINDS = ("lora", "full", "beside")
 
 
 def perturb(role: Role, seed: int) -> None:
@@ -33,8 +33,10 @@ def ask(denoiser: Denoiser) -> Tensor:
     return denoiser.predict(x, torch.tensor([0.7, 0.3]), denoiser.encode(["a cat", "a dog"], ""))
 
 
-def networks(kind: str, **options: object) -> Networks:
-    return Networks(denoiser_of(tiny_stable_diffusion()), kind, rank=4, **options)  # type: ignore[arg-type]
+def networks(kind: str, teacher: Denoiser | None = None) -> Networks:
+    """`beside`: a full student, and LoRAs for the others."""
+    kinds: dict[str, str] = {"kind": "full", "beside": "lora"} if kind == "beside" else {"kind": kind}
+    return Networks(teacher or denoiser_of(tiny_stable_diffusion()), rank=4, **kinds)  # type: ignore[arg-type]
 
 
 def three(kind: str) -> dict[str, Role]:
@@ -56,6 +58,25 @@ def test_lora_roles_share_one_base_in_memory():
     for role in roles:
         module = bare(role.denoiser.network)
         assert {p.data_ptr() for p in module.parameters()} == set(before).union(*adapters)
+
+
+def test_beside_a_full_student_the_fake_score_is_a_lora_of_the_teacher():
+    """And so is what follows the fake score; the student's average is full, and no copy takes adapters along."""
+    teacher = denoiser_of(tiny_stable_diffusion())
+    base = {p.data_ptr() for p in teacher.network.parameters()}
+    made = networks("beside", teacher)
+    student, fake, target = made.trained("student"), made.trained("fake_score"), made.frozen("target")
+    roles = [student, fake, target, made.average("student", 0.9), made.average("fake_score", 0.9)]
+    own = [{p.data_ptr() for p in role.parameters.values()} for role in roles]
+    assert len(set().union(*own)) == sum(map(len, own))
+    assert [role.adapter is not None for role in roles] == [False, True, True, False, True]
+    for i in (1, 2, 4):
+        assert {p.data_ptr() for p in bare(roles[i].denoiser.network).parameters()} == base.union(
+            own[1], own[2], own[4]
+        )
+    for i in (0, 3):
+        assert {p.data_ptr() for p in roles[i].denoiser.network.parameters()} == own[i]
+        assert len(own[i]) == len(base)
 
 
 def test_full_roles_share_nothing():
@@ -212,4 +233,4 @@ def test_a_teacher_with_adapters_is_refused(kind: str):
     teacher = denoiser_of(tiny_stable_diffusion())
     Networks(teacher, "lora", rank=2).trained("student")
     with pytest.raises(UserError, match="unet carries LoRA adapters"):
-        Networks(teacher, kind)
+        networks(kind, teacher)

@@ -29,8 +29,15 @@ from tests.pipelines import tiny_stable_diffusion
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # test_processes.py has torchrun
-JOB = {"method": "lcm", "name": "job", "sharding_strategy": "full_shard", "steps": [1], "rank": 2, "preflight": False}
-JOB |= {"max_train_steps": 2, "train_batch_size": 2, "report_num": 2, "report_teacher_steps": [1]}
+JOB = {"method": "swiftbrush", "name": "job", "sharding_strategy": "full_shard", "rank": 2, "preflight": False}
+JOB |= {
+    "student": "full",
+    "fake_score": "lora",
+    "max_train_steps": 2,
+    "train_batch_size": 2,
+    "report_num": 2,
+    "report_teacher_steps": [1],
+}
 every_run = pytest.mark.parametrize("name", RUNS)
 
 
@@ -173,13 +180,18 @@ def test_all_stop_at_a_number_that_one_sees(runs: tuple[Path, list[dict[str, Any
 
 
 def test_accelerate_launch_runs_the_whole_job(runs: tuple[Path, list[dict[str, Any]]]):
-    """As docs/many-devices.md has it: two processes, not one of each, with a report of the exported student."""
+    """As docs/many-devices.md has it: two processes, not one of each, with a report of the exported student.
+
+    A full one beside a fake score that is a LoRA of the teacher.
+    """
     folder, found = runs
     assert [f["job"] for f in found] == [0, 0]
     run = folder / "job"
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     assert {row["role"] for row in json.loads((run / "report.json").read_text())["rows"]} >= {"teacher", "student"}
-    assert load_student(run)[1].kind == "lora"
+    assert load_student(run)[1].kind == "full"
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line[f"{role}/grad_norm"] > 0 for line in log for role in ("student", "fake_score"))
 
 
 @pytest.mark.parametrize(
