@@ -252,14 +252,17 @@ def main() -> None:
     def train(name: str) -> None:
         if (options.runs / plain(name) / "student" / "fewstep.json").is_file():
             return
-        parts = getattr(load_config(name, options.settings), "parts", 1)
+        config = load_config(name, options.settings)
+        parts = getattr(config, "parts", 1)
         n = max(10, int(60 * options.minutes / seconds[name] / parts))
         settings = [f"max_train_steps={n}"]
         if parts == 1:  # the figures of a part are not those of its siblings together
             settings += [f"eval_steps={max(1, n // options.evaluations)}"]
             settings += [f"eval_metrics=[{','.join(WATCHED)}]", f"eval_num={options.eval_num}"]
             settings += ["eval_prompts=embedded:emoji", f"best_metric=eval/{FIGURE}"]
-            settings += [f"early_stopping_patience={options.patience}"] if options.patience else []
+            # what a later phase has not reached is still the teacher's: figures of a phase do not compare with the next's
+            patient = options.patience and getattr(config, "policy", None) != "phases"
+            settings += [f"early_stopping_patience={options.patience}"] if patient else []
         trained(name, plain(name), options, *settings)
 
     with ThreadPoolExecutor(options.jobs) as pool:
