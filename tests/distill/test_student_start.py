@@ -327,5 +327,5 @@ def test_memory_is_that_of_both_sizes(home: Path):
     )
     for planned in (small, settings(home)):  # a folder is read without its weights
         planner = plan(planned)
-        assert re.search(rf"^student +- +{count[0]:,}$", planner, re.MULTILINE)
+        assert re.search(rf"^student +- +{count[0]:,} +{count[0]:,}$", planner, re.MULTILINE)
         assert "LoRA on a shared base: student_" in planner
