@@ -46,7 +46,7 @@ def one(name: str, iterations: int, rank: int) -> dict[str, Any]:
     from fewstep.distill.batches import Batches
     from fewstep.distill.config import validate
     from fewstep.distill.data import Prompts
-    from fewstep.distill.memory import need
+    from fewstep.distill.memory import need, without_adapters
     from fewstep.distill.record import Record
     from fewstep.distill.run import methods_distiller, networks_of
     from fewstep.distill.trainer import Trainer
@@ -87,7 +87,7 @@ def one(name: str, iterations: int, rank: int) -> dict[str, Any]:
                 trainer.step(i)
         measured = resident("VmHWM") - baseline
     predicted = need(config, method, teacher, config.gradient_checkpointing, fused=False)
-    count = sum(p.numel() for key, p in unet.named_parameters() if ".lora_" not in key)
+    count = without_adapters(unet)
     assert count >= 50e6
     return {"parameters": count, "predicted": predicted.total, "measured": measured, "threads": torch.get_num_threads()}
 

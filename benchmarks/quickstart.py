@@ -41,7 +41,7 @@ from fewstep.distill.table import markdown
 from fewstep.metrics.emoji.judge import features
 from fewstep.metrics.emoji.metrics import REAL_SEED as CORRECTION_SEED
 from fewstep.metrics.emoji.metrics import renderings
-from fewstep.metrics.frechet import frechet_distance, stderr
+from fewstep.metrics.frechet import frechet_distance, frechet_to, moments, stderr
 from fewstep.samplers.baseline import SPACINGS
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import load_student
@@ -138,8 +138,9 @@ def ratio(student: Tensor, teacher: Tensor, real: Tensor, reference: Tensor) -> 
     """
 
     def above(i: Tensor) -> tuple[float, float]:
-        floor = frechet_distance(reference[i], real[i])
-        return frechet_distance(reference[i], student[i]) - floor, frechet_distance(reference[i], teacher[i]) - floor
+        distance = frechet_to(moments(reference[i]))
+        floor, ours, others = (distance(moments(features[i])) for features in (real, student, teacher))
+        return ours - floor, others - floor
 
     def left(i: Tensor) -> float:
         ours, others = above(i)

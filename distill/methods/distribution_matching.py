@@ -324,8 +324,8 @@ class DistributionMatching(Distiller):
 
     def forwards(self) -> dict[str, dict[str, float]]:
         c = self.config
-        rollout = sum((k - 1) / 2 for k in c.steps) / len(c.steps)
-        rollout = {"noised_data": 0.0, "trajectory": sum(k - 1 for k in c.steps) / len(c.steps)}.get(c.policy, rollout)
+        before_last = sum(k - 1 for k in c.steps) / len(c.steps)
+        rollout = {"noised_data": 0.0, "trajectory": before_last}.get(c.policy, before_last / 2)
         if c.policy == "phases":  # each a like share of the iterations
             rollout = sum(sum(phase) / len(phase) for phase in self.phases) / len(self.phases)
         return cost.calls(c, rollout, self.guidance is not None)

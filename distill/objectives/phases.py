@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewstep.distill.family_config import DistributionMatchingConfig
 from fewstep.distill.objectives.levels import even_levels
-from fewstep.distill.objectives.policy import Draws, Point, backward_simulation, jump
+from fewstep.distill.objectives.policy import Draws, backward_simulation, step_end
 from fewstep.distill.random import Rngs
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
@@ -97,14 +97,10 @@ def phase_draws(
     """
     step = phase.start + int(torch.randint(len(phase), (1,), generator=rng.shared("step")))
     x, t = backward_simulation(student, condition, plan, step, rng, shape)
-    with torch.set_grad_enabled("student" in roles):
-        x0 = student.x0(x, t, condition)
     start, to = (_rows(v, x) for v in (plan.levels[phase[0]], plan.steps[phase[-1]].to))
-    s = student.noise.shift(to)
     # `Denoiser.phased` gives a LoRA what is within 1e-6 of its first level after the shift, too
     gap = 4e-6 if student.phase_ends else 2 * fineness(student.noise)
-    point = Point(jump(x, x0.detach(), t, s, student.noise), x0.detach(), start, to, s, gap=gap)
-    return Draws(x0, point=point)
+    return step_end(student, condition, x, t, start, to, "student" in roles, gap=gap)
 
 
 def _rows(level: float, x: Tensor) -> Tensor:

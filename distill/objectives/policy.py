@@ -49,8 +49,8 @@ class Point:
 class Draws:
     """The student's x0 (B, ...), with a graph if it steps; a level (B,) and noise (B, ...) for each role's loss.
 
-    `point`: what is noised, where that is not x0 but a sample at a lower level. `paired`: of each pair a
-    state x_t of the teacher's on the way of the student's steps, its t, and the x0 that takes it to the next.
+    `point`: what is noised, where that is not x0 but a sample at a lower level. `paired`: of each pair a state x_t of the
+    teacher's on the way of the student's steps, its t, and the x0 that takes it to the next.
     `conditions`: what each role is told, where some prompts were emptied; `scale`: the teacher's guidance, where it is
     drawn (B,), or not the config's.
     """
@@ -156,6 +156,24 @@ def chosen(states: Tensor, step: Tensor) -> Tensor:
     return states[step, torch.arange(len(step), device=step.device)]
 
 
+def step_end(
+    student: Denoiser,
+    condition: Condition,
+    x_t: Tensor,
+    t: Tensor,
+    start: Tensor,
+    to: Tensor,
+    graph: bool,
+    number: Tensor | None = None,
+    gap: float = 0.0,
+) -> Draws:
+    """The call that is trained, with a graph if the student steps, and where the `ode` rule goes from x_t by it (`Point`)."""
+    with torch.set_grad_enabled(graph):
+        x0 = student.x0(x_t, t, condition)
+    s, made = student.noise.shift(to), x0.detach()
+    return Draws(x0, point=Point(jump(x_t, made, t, s, student.noise), made, start, to, s, number, gap))
+
+
 def trajectory_draws(
     config: DistributionMatchingConfig,
     student: Denoiser,
@@ -172,14 +190,11 @@ def trajectory_draws(
     states = trajectory(student, condition, plan, rng, shape)
     starts, ends = (torch.tensor(v, device=states.device) for v in (plan.levels, [p.to for p in plan.steps]))
     step = rng.integers("step", 0, len(plan.steps))
-    start, to, x_t = starts[step], ends[step], chosen(states, step)
-    t, s = student.noise.shift(start), student.noise.shift(to)
-    with torch.set_grad_enabled("student" in roles):
-        x0 = student.x0(x_t, t, condition)
-    x = jump(x_t, x0.detach(), t, s, student.noise)
+    start = starts[step]
     compared = start if config.separate_levels else starts[0].expand_as(start)
     number = config.steps_before(len(plan.steps)) + step if config.step_conditioned else None
-    return Draws(x0, point=Point(x, x0.detach(), compared, to, s, number))
+    x_t, t = chosen(states, step), student.noise.shift(start)
+    return step_end(student, condition, x_t, t, compared, ends[step], "student" in roles, number)
 
 
 def paired_step(

@@ -35,8 +35,8 @@ def ask(denoiser: Denoiser) -> Tensor:
 
 def networks(kind: str, teacher: Denoiser | None = None) -> Networks:
     """`beside`: a full student, and LoRAs for the others."""
-    kinds: dict[str, str] = {"kind": "full", "beside": "lora"} if kind == "beside" else {"kind": kind}
-    return Networks(teacher or denoiser_of(tiny_stable_diffusion()), rank=4, **kinds)  # type: ignore[arg-type]
+    mixed, of = kind == "beside", teacher or denoiser_of(tiny_stable_diffusion())
+    return Networks(of, "full" if mixed else kind, rank=4, beside="lora" if mixed else None)
 
 
 def three(kind: str) -> dict[str, Role]:
