@@ -136,6 +136,7 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=str(config.run_dir)
     )
+    efficiency.keep_freed_memory(accelerator.device)
     sharding.refuse_launch(config, accelerator)
     bare = teacher.networks.values() if teacher is not None else None
     efficiency.refuse_here(
