@@ -36,8 +36,8 @@ comes from there (M_MMAP_THRESHOLD, whose most this is)."""
 def keep_freed_memory(device: torch.device) -> bool:
     """On CPUs what an iteration frees stays with the process for the next one; whether that could be asked for.
 
-    Else glibc gives it back and the system fills it with zeros again, each time: a tenth of an iteration of the embedded
-    teacher's. The peak of memory is the same; other C libraries are left alone.
+    Else glibc gives it back and the system fills it with zeros again, each time: a tenth of an iteration of full
+    students of the embedded teacher. The peak of memory is the same; other C libraries are left alone.
     """
     if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return False
