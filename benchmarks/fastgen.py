@@ -63,7 +63,6 @@ def fewstep_side(a: argparse.Namespace, teacher: Any, latents: Tensor, rollout: 
     from fewstep.distill.batches import Batches
     from fewstep.distill.config import validate
     from fewstep.distill.data import Prompts
-    from fewstep.distill.efficiency import keep_freed_memory
     from fewstep.distill.record import Record
     from fewstep.distill.run import methods_distiller, networks_of
     from fewstep.distill.trainer import Trainer
@@ -86,7 +85,6 @@ def fewstep_side(a: argparse.Namespace, teacher: Any, latents: Tensor, rollout: 
         }
     )
     accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=a.device == "cpu")
-    keep_freed_memory(accelerator.device)  # as every run does
     record = Record(config, accelerator)
     record.open(resume=False)
     method = methods_distiller(config, networks_of(config, teacher))
@@ -167,12 +165,12 @@ def measured(a: argparse.Namespace) -> dict[str, Any]:
     if a.threads:
         torch.set_num_threads(a.threads)
     cuda = a.device == "cuda"
+    if a.keep_both or a.side != SIDES[0]:
+        keep_freed_memory(torch.device(a.device))  # as every run does
     teacher = load(a.teacher)
     teacher.to(a.device)
     latents = torch.randn(len(PROMPTS), *teacher.latent_shape())
     made = fastgen_side(a, teacher, latents, PROMPTS) if a.side == SIDES[0] else None
-    if a.keep_both:
-        keep_freed_memory(torch.device(a.device))
     side = Side(*made) if made else fewstep_side(a, teacher, latents, a.side == SIDES[2])
     before = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
     # plain attention on CPUs is a choice of kernels that either could make: both sides have it
