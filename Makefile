@@ -21,7 +21,7 @@ demo: .venv/installed
 
 # a file's fixtures, some of them trainings in processes of their own, are made once: its tests stay on one worker
 test: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/installed-dev links
 	$(BIN)/ruff check .

@@ -23,7 +23,24 @@ EXPECTED = {
 
 
 def answer(action: Callable[[], Any], debug: bool = False) -> int:
-    """Run a command; its exit code. What the user caused is one line per mistake on stderr, with `debug` a traceback too."""
+    """Run a command; its exit code. What the user caused is one line per mistake on stderr, with `debug` a traceback too.
+
+    A group of processes that the command made ends with it: a thread of gloo's that lets go of a tensor while Python ends
+    aborts the process, and a launcher takes a whole run for a failed one.
+    """
+    outside = _grouped()
+    code = _run(action, debug)
+    if not outside and _grouped():
+        sys.modules["torch.distributed"].destroy_process_group()
+    return code
+
+
+def _grouped() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def _run(action: Callable[[], Any], debug: bool) -> int:
     try:
         action()
     except KeyboardInterrupt:

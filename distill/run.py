@@ -251,6 +251,6 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
             )
             save_student(config.run_dir / "student", student, manifest)
     accelerator.wait_for_everyone()
-    if config.report_to:
-        accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return record, True

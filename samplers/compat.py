@@ -1,13 +1,20 @@
-"""Lets a torchvision whose compiled operators do not load stand beside a CPU-only torch.
+"""What has to happen before other imports.
 
-Without its operators `import torchvision` fails (`operator torchvision::nms does not exist`), and with it
-transformers, peft, diffusers models, open_clip and torchmetrics. Declaring two schemas cures every import.
+A torchvision whose compiled operators do not load stands beside a CPU-only torch: without its operators
+`import torchvision` fails (`operator torchvision::nms does not exist`), and with it transformers, peft, diffusers
+models, open_clip and torchmetrics. Declaring two schemas cures every import.
+
+A group of processes ends when it is destroyed: `torch.distributed.nn` takes the group that is there when it is first
+imported, as any optimiser does, for the default of its functions, and so keeps it and its threads until Python ends.
 """
 
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+if torch.distributed.is_available():
+    import torch.distributed.nn  # noqa: F401
 
 _kept: list[torch.library.Library] = []  # a library's declarations end with the object
 

@@ -17,6 +17,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+# before anything imports torch: one thread a worker, and a forked process waits for ever for threads that it has not
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # torch, diffusers and transformers are a million objects, which are not looked through again for every 700 new ones
 gc.set_threshold(20_000)

@@ -101,3 +101,10 @@ def test_all_stop_at_a_collapse_that_one_sees(runs: tuple[Path, list[dict[str, A
 def test_a_parameter_that_one_process_uses(runs: tuple[Path, list[dict[str, Any]]]):
     """An expert for other levels: means over both processes; none where neither used it, so that AdamW leaves it."""
     assert [f["experts"] for f in runs[1]] == [[[1.5, 3.0], [2.0, 3.0], None]] * 2
+
+
+def test_nothing_of_a_group_outlives_the_command(runs: tuple[Path, list[dict[str, Any]]]):
+    """A thread of gloo's that lets go of a tensor while Python ends aborts the process: a run that was whole has failed."""
+    for found in runs[1]:
+        assert found["threads within"]
+        assert found["threads"] == []

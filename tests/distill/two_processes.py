@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fewstep.distill.alarm import SampleAlarm
+from fewstep.distill.console import answer
 from fewstep.distill.networks import average_gradients
 from fewstep.distill.run import train
 from fewstep.distill.trainer import Interrupted
@@ -101,7 +102,13 @@ def experts(accelerator: Accelerator) -> list[list[float] | None]:
     return [None if p.grad is None else p.grad.tolist() for p in parameters]
 
 
-def main(folder: Path) -> None:
+def threads() -> list[str]:
+    """Names of this process's threads that are gloo's."""
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+def main(folder: Path) -> dict[str, Any]:
     """Everything, in one program: starting one is slow."""
     accelerator = Accelerator()
     rank = accelerator.process_index
@@ -120,9 +127,13 @@ def main(folder: Path) -> None:
     found["resumed"] = outcome(scripted(folder, resumed, name="stopped", resume=True).run)
     found["weights"], found["memory"] = resumed.weights["student"].tolist(), resumed.memory
     found["experts"] = experts(accelerator)
-    Path(f"{folder}-{rank}.json").write_text(json.dumps(found))
-    accelerator.end_training()
+    found["threads within"] = threads()
+    return found
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    found: dict[str, Any] = {}
+    code = answer(lambda: found.update(main(Path(sys.argv[1]))))
+    found["threads"] = threads()
+    Path(f"{sys.argv[1]}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    sys.exit(code)
