@@ -21,6 +21,7 @@ class DataConfig(BaseModel, frozen=True):
     dataset_config_name: str | None = None
     dataset_split: str = "train"
     image_column: str = Field("image", description="of dataset_name")
+    video_column: str = Field("video", description="of dataset_name, for a teacher of clips")
     caption_column: str = Field("text", description="of dataset_name, of metadata.jsonl, of .json files in shards")
     prompts: str | None = Field(None, description="a text file, one prompt a line, or embedded:NAME")
     negative_prompt: str = ""

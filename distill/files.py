@@ -20,23 +20,23 @@ def source(config: TrainConfig, moving: bool | None = None) -> Source | None:
         UserError: they are not there, or are images where the run is to learn from clips, or clips from images.
     """
     c, files = config, None
-    if c.dataset_name is not None:
-        files = sources.dataset(
-            c.dataset_name, c.dataset_config_name, c.dataset_split, c.image_column, c.caption_column
-        )
-    elif c.train_data not in (None, "embedded:emoji"):
-        files = sources.source_of(c.train_data, c.caption_column)
     # where captions alone are read, those of either will do
-    opened = bool(c.aspect_ratio_buckets) or "images" in distiller(c.method).needs_of(c)
-    if opened and c.has_images and moving is not None:
-        _refuse_kind(c, files, moving)
+    opened = moving is not None and (bool(c.aspect_ratio_buckets) or "images" in distiller(c.method).needs_of(c))
+    if c.dataset_name is not None:
+        column = (c.video_column if moving else c.image_column) if opened else None
+        return sources.dataset(
+            c.dataset_name, c.dataset_config_name, c.dataset_split, c.caption_column, column, bool(moving)
+        )
+    if c.train_data not in (None, "embedded:emoji"):
+        files = sources.source_of(c.train_data, c.caption_column)
+    if opened and c.has_images:
+        _refuse_kind(f"train_data {c.train_data}", files, bool(moving))
     return files
 
 
-def _refuse_kind(config: TrainConfig, files: Source | None, moving: bool) -> None:
+def _refuse_kind(where: str, files: Source | None, moving: bool) -> None:
     """UserError for images where clips are wanted, or the reverse, by the names of the files."""
-    where = f"dataset_name {config.dataset_name}" if config.dataset_name else f"train_data {config.train_data}"
-    if files is None or config.dataset_name:  # drawings, a column of images
+    if files is None:  # drawings
         if moving:
             raise UserError(
                 f"{where}: holds images; this teacher makes clips: train_data must be a folder or shards of them"

@@ -228,11 +228,22 @@ def _field(member: _Member, column: str) -> Any:
 # the package datasets
 
 
-def dataset(name: str, config: str | None, split: str, image_column: str, caption_column: str) -> Source:
+def dataset(
+    name: str, config: str | None, split: str, caption_column: str, column: str | None = None, moving: bool = False
+) -> Source:
     """A data set of the package `datasets`: a folder written by `save_to_disk`, or whatever `load_dataset` finds.
 
+    Args:
+        name: of the set, or the folder.
+        config: its configuration.
+        split: of it.
+        caption_column: of captions.
+        column: of images or clips; None: captions alone are read.
+        moving: whether that column is to hold clips.
+
     Raises:
-        UserError: the package is not installed, or the set, its split or a column is not there.
+        UserError: the package is not installed, the set, its split or a column is not there, or that of clips holds images,
+            or the reverse.
     """
     try:
         datasets: Any = importlib.import_module("datasets")
@@ -249,17 +260,25 @@ def dataset(name: str, config: str | None, split: str, image_column: str, captio
         if split not in data:
             raise UserError(f"dataset_name {name}: no split {split}; dataset_split is one of {', '.join(data)}")
         data = data[split]
-    for key, column in (("image_column", image_column), ("caption_column", caption_column)):
-        if column not in data.column_names:
-            raise UserError(f"dataset_name {name}: no column {column}; {key} is one of {', '.join(data.column_names)}")
+    of_files = "video_column" if moving else "image_column"
+    for key, wanted in ((of_files, column), ("caption_column", caption_column)):
+        if wanted is not None and wanted not in data.column_names:
+            raise UserError(f"dataset_name {name}: no column {wanted}; {key} is one of {', '.join(data.column_names)}")
     texts = [_captions(v, f"{name}, row {i}, {caption_column}") for i, v in enumerate(data[caption_column])]
-    files = data.cast_column(
-        image_column, datasets.Image(decode=False)
-    )  # as they were saved, for the hash and the modes
     names = [f"{name}, row {i}" for i in range(len(texts))]
+    if column is None:
+        return Source(names, texts, lambda i: b"")
+    ours, theirs = (datasets.Video, datasets.Image) if moving else (datasets.Image, datasets.Video)
+    if isinstance(data.features[column], theirs):
+        held, made = ("images", "clips") if moving else ("clips", "images")
+        raise UserError(f"dataset_name {name}: {of_files} {column} holds {held}; this teacher makes {made}")
+    try:
+        files = data.cast_column(column, ours(decode=False))  # as they were saved, for the hash and the modes
+    except Exception as error:  # pyarrow's own kinds
+        raise UserError(f"dataset_name {name}: {of_files} {column} holds no files ({reason(error)})") from error
 
     def read(i: int) -> bytes:
-        file = files[i][image_column]
+        file = files[i][column]
         try:
             return file["bytes"] if file["bytes"] is not None else Path(file["path"]).read_bytes()
         except (OSError, TypeError) as error:

@@ -170,17 +170,24 @@ def test_clips_in_buckets(tmp_path: Path):
     assert [tuple(found.image(i).shape) for i in range(3)] == [(2, 3, 32, 64), (2, 3, 64, 32), (2, 3, 48, 48)]
 
 
-def test_a_data_set_of_the_package_holds_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of which a teacher of clips may take the captions."""
-    rows = Source(["org/set, row 0"], [("one",)], lambda i: b"")
-    monkeypatch.setattr(sources, "dataset", lambda *_: rows)
-    given = {"train_data": None, "dataset_name": "org/set"}
-    with pytest.raises(
-        UserError, match="dataset_name org/set: holds images; this teacher makes clips: train_data must be"
-    ):
-        source(config(tmp_path, method="lcm", **given), True)
-    assert source(config(tmp_path, method="lcm", **given), False) is rows
-    assert source(config(tmp_path, method="dmd2", **given), True) is rows
+def test_a_data_set_of_the_package_is_read_as_the_teacher_needs(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its column of images, or that of clips; none where captions alone are read."""
+    asked, clips = [], folder(made)
+
+    def dataset(*words: Any) -> Source:
+        asked.append(words[3:])
+        return clips
+
+    monkeypatch.setattr(sources, "dataset", dataset)
+    given = {"train_data": None, "dataset_name": "org/set", "image_column": "still", "num_frames": 5}
+    for method, moving in [("lcm", False), ("lcm", True), ("dmd2", True), ("lcm", None)]:
+        assert source(config(tmp_path, method=method, **given), moving) is clips
+    assert asked == [("text", "still", False), ("text", "video", True), ("text", None, True), ("text", None, False)]
+    settings = config(tmp_path, method="lcm", **given)
+    found = data_set(settings, SIZE, denoiser_of(tiny_wan()).frames(5), source(settings, True))
+    assert found.image(1).shape == (5, 3, 64, 64)
 
 
 @pytest.mark.parametrize("method", [{"method": "lcm"}, {"method": "dmd2", "gan_weight": 1.0e-3}])

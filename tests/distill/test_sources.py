@@ -6,6 +6,7 @@ import json
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,15 +157,31 @@ def test_a_shard_that_cannot_be_read(tmp_path: Path):
         source_of(str(tmp_path / "none"))
 
 
+@dataclass
+class Image:
+    """The package's type of a column of images."""
+
+    decode: bool = True
+
+
+@dataclass
+class Video:
+    """That of a column of clips."""
+
+    decode: bool = True
+
+
 class Table:
     """What a data set of the package does here: columns, rows, files as they were saved."""
 
-    def __init__(self, columns: dict[str, list[Any]], decoded: bool = True):
-        self.columns, self.decoded, self.column_names = columns, decoded, list(columns)
+    def __init__(self, columns: dict[str, list[Any]], features: dict[str, Any], decoded: bool = True):
+        self.columns, self.features, self.decoded, self.column_names = columns, features, decoded, list(columns)
 
     def cast_column(self, name: str, kind: Any) -> Table:
-        assert (name, kind.decode) == ("picture", False)
-        return Table(self.columns, decoded=False)
+        assert not kind.decode
+        if not isinstance(self.columns[name][0], dict):
+            raise ValueError("Unsupported cast\nfrom string")
+        return Table(self.columns, {**self.features, name: kind}, decoded=False)
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
@@ -179,10 +196,11 @@ def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple]:
     """The package `datasets`, in as far as it is used; notes how sets are asked for."""
     (tmp_path / "1.png").write_bytes(b"second")
     files = [{"bytes": b"first", "path": "a.png"}, {"bytes": None, "path": str(tmp_path / "1.png")}]
-    data = {"train": Table({"picture": files, "said": ["one", ["two", "zwei"]]})}
+    columns = {"picture": files, "clip": files, "bare": files, "said": ["one", ["two", "zwei"]]}
+    data = {"train": Table(columns, {"picture": Image(), "clip": Video(), "bare": None, "said": None})}
     asked: list[tuple] = []
     stub = SimpleNamespace(
-        Image=lambda decode: SimpleNamespace(decode=decode),
+        **{"Image": Image, "Video": Video},
         load_from_disk=lambda name: asked.append(("disk", name)) or data["train"],
         load_dataset=lambda name, config: asked.append(("load", name, config)) or data,
     )
@@ -195,24 +213,32 @@ def test_a_data_set_of_the_package(package: list[tuple], tmp_path: Path):
     (tmp_path / "saved").mkdir()
     (tmp_path / "saved/state.json").write_text("{}")
     for name in ("org/set", str(tmp_path / "saved")):
-        found = dataset(name, "small", "train", "picture", "said")
-        assert list(found.texts) == [("one",), ("two", "zwei")]
-        assert [found.read(i) for i in range(2)] == [b"first", b"second"]
-        assert found.names[1] == f"{name}, row 1"
-    assert package == [("load", "org/set", "small"), ("disk", str(tmp_path / "saved"))]
+        for column, moving in [("picture", False), ("bare", False), ("clip", True), ("bare", True)]:
+            found = dataset(name, "small", "train", "said", column, moving)
+            assert list(found.texts) == [("one",), ("two", "zwei")]
+            assert [found.read(i) for i in range(2)] == [b"first", b"second"]
+            assert found.names[1] == f"{name}, row 1"
+    assert package == [("load", "org/set", "small")] * 4 + [("disk", str(tmp_path / "saved"))] * 4
+    assert list(dataset("org/set", None, "train", "said").texts) == [("one",), ("two", "zwei")]
 
 
 @pytest.mark.parametrize(
-    ("split", "image", "caption", "message"),
+    ("split", "caption", "column", "moving", "message"),
     [
-        ("test", "picture", "said", "dataset_name org/set: no split test; dataset_split is one of train"),
-        ("train", "image", "said", "no column image; image_column is one of picture, said"),
-        ("train", "picture", "text", "no column text; caption_column is one of picture, said"),
+        ("test", "said", "picture", False, "dataset_name org/set: no split test; dataset_split is one of train"),
+        ("train", "said", "image", False, "no column image; image_column is one of picture, clip, bare, said"),
+        ("train", "said", "video", True, "no column video; video_column is one of picture, clip, bare, said"),
+        ("train", "text", "picture", False, "no column text; caption_column is one of picture, clip, bare, said"),
+        ("train", "said", "clip", False, "image_column clip holds clips; this teacher makes images"),
+        ("train", "said", "picture", True, "video_column picture holds images; this teacher makes clips"),
+        ("train", "said", "said", False, r"image_column said holds no files \(Unsupported cast\)$"),
     ],
 )
-def test_what_a_data_set_lacks(package: list[tuple], split: str, image: str, caption: str, message: str):
+def test_what_a_data_set_lacks(
+    package: list[tuple], split: str, caption: str, column: str, moving: bool, message: str
+):
     with pytest.raises(UserError, match=message):
-        dataset("org/set", None, split, image, caption)
+        dataset("org/set", None, split, caption, column, moving)
 
 
 def test_the_package_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch):
@@ -220,4 +246,4 @@ def test_the_package_is_asked_for_where_it_is_missing(monkeypatch: pytest.Monkey
     with pytest.raises(
         UserError, match=r"needs the package datasets \(the extra \[data\]\); try: pip install datasets$"
     ):
-        dataset("org/set", None, "train", "image", "text")
+        dataset("org/set", None, "train", "text")
