@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 if torch.distributed.is_available():
-    import torch.distributed.nn  # noqa: F401
+    import torch.distributed.nn
 
 _kept: list[torch.library.Library] = []  # a library's declarations end with the object
 

@@ -234,9 +234,7 @@ def test_a_data_set_of_the_package(package: list[tuple], tmp_path: Path):
         ("train", "said", "said", False, r"image_column said holds no files \(Unsupported cast\)$"),
     ],
 )
-def test_what_a_data_set_lacks(
-    package: list[tuple], split: str, caption: str, column: str, moving: bool, message: str
-):
+def test_what_a_data_set_lacks(package: list[tuple], split: str, caption: str, column: str, moving: bool, message: str):
     with pytest.raises(UserError, match=message):
         dataset("org/set", None, split, caption, column, moving)
 
