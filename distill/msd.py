@@ -21,6 +21,7 @@ from fewstep.distill.config import ConfigError, TrainConfig
 from fewstep.distill.data import DataSet
 from fewstep.distill.files import source
 from fewstep.distill.random import generator
+from fewstep.distill.student_start import starts_of
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import load
@@ -154,21 +155,23 @@ def train_parts(config: TrainConfig, parts: int, resume: bool = False, data: Dat
     folder = config.run_dir
     if (folder / ROUTER).is_file() and not resume:
         raise UserError(f"{folder}: holds a run already; --resume continues it, name=OTHER starts another")
-    router, lists = _split(config, parts, data)
+    starts = starts_of(config) if config.student_init is not None else []
+    router, lists = _split(config, parts, data, starts)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     router.save(folder / ROUTER)
     students = []
     for i, part in enumerate(lists):
         own = {"output_dir": str(folder / "parts"), "name": f"part_{i}", "parts": 1, "report_num": None}
+        own |= {"student_init": starts[i]} if len(starts) == parts else {}
         students.append(run.train(config.model_copy(update=own), resume, data=part) / "student")
     total = sum(map(len, lists))
     save_several(folder / "student", students, router, [len(part) / total for part in lists])
     return folder
 
 
-def _split(config: TrainConfig, parts: int, data: DataSet | None) -> tuple[Router, list[Part]]:
-    """The router, from the folder if one is there, and the samples of each part."""
+def _split(config: TrainConfig, parts: int, data: DataSet | None, starts: Sequence[str]) -> tuple[Router, list[Part]]:
+    """The router, from the folder if one is there, or that of the students it starts with; the samples of each part."""
     teacher = load(config.teacher, config.revision, config.variant)
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
     if len(teacher.networks) > 1:
@@ -180,7 +183,10 @@ def _split(config: TrainConfig, parts: int, data: DataSet | None) -> tuple[Route
     stored = cache.conditions(config, teacher, data.captions)
     conditions = [stored[range(i, min(i + cache.CHUNK, stored.size))] for i in range(0, stored.size, cache.CHUNK)]
     path = config.run_dir / ROUTER
-    router = Router.load(path) if path.is_file() else _fit(config, parts, conditions, law)
+    given = Router.load(Path(starts[0]).parent / ROUTER) if len(starts) == parts else None
+    router = Router.load(path) if path.is_file() else given or _fit(config, parts, conditions, law)
+    if given is not None and router.sha256 != given.sha256:
+        raise UserError(f"{path}: not the router of {config.student_init}; start anew under another name=")
     if router.parts != parts:
         raise UserError(f"{path}: of {router.parts} parts, the config has {parts}; start anew under another name=")
     of = torch.cat([router.of(condition) for condition in conditions])

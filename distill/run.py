@@ -24,7 +24,7 @@ from fewstep.distill.networks import Networks
 from fewstep.distill.objectives import regression
 from fewstep.distill.pairs import make_pairs
 from fewstep.distill.record import Record, check_tracker, pixels_shape
-from fewstep.distill.student_start import said, student_start
+from fewstep.distill.student_start import said, starts_of, student_start
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import class_of, family, load, parts, resolve
@@ -49,7 +49,7 @@ def refuse(config: TrainConfig) -> None:
             "{layers_per_block: 1} of a UNet or {num_layers: 14} of a transformer"
         )
     if config.student_init is not None:
-        class_of(config.student_init)
+        class_of(starts_of(config)[0])
     if parts(config.teacher)[1]:
         raise ConfigError(
             "config: teacher: a pipeline with a LoRA; save it whole first (fuse_lora and save_pretrained of diffusers), "

@@ -16,6 +16,7 @@ from fewstep.samplers.adapters import bare
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError, one_line
 from fewstep.samplers.load import class_of, load
+from fewstep.samplers.several import students_of
 from fewstep.samplers.skeleton import skeleton
 
 CLASSES = ("num_class_embeds", "num_embeds_ada_norm")
@@ -34,11 +35,25 @@ def student_start(config: TrainConfig, teacher: Denoiser) -> Denoiser | None:
     if config.student == "lora":
         raise UserError(f"{key}: a LoRA is one of the teacher's own network; set student: full")
     if config.student_init is not None:
-        start = _loaded(config.student_init, teacher)
+        start = _loaded(starts_of(config)[0], teacher)
     else:
         start = resized(teacher, config.student_config or {}, config.seed)
     _refuse(config, key, start, teacher)
     return start
+
+
+def starts_of(config: TrainConfig) -> list[str]:
+    """What `student_init` names: a network, or that of each part where it is a run of several students.
+
+    Raises:
+        UserError: of other than the config's `parts`.
+    """
+    source = config.student_init or ""
+    several, parts = students_of(source), getattr(config, "parts", 1)
+    if several and len(several) != parts:
+        held = f"{source} holds {len(several)} students"
+        raise UserError(f"config: student_init: {held}, and starts as many; set parts: {len(several)}")
+    return [str(path) for path in several] or [source]
 
 
 def resized(teacher: Denoiser, changes: dict[str, Any], seed: int = 0) -> Denoiser:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import load_student
+from fewstep.samplers.load import load_student, resolve
 from fewstep.samplers.manifest import MANIFEST, Manifest, read_manifest
 from fewstep.samplers.router import ROUTER, Router
 from fewstep.samplers.student import replacing
@@ -19,6 +19,13 @@ from fewstep.samplers.student import replacing
 def member(part: int) -> str:
     """Folder of a student."""
     return f"student_{part}"
+
+
+def students_of(source: str | Path) -> list[Path]:
+    """Folders of the students of a run, or of an artifact, by part; none where it is not of several."""
+    folder = Path(resolve(source))
+    parts = read_manifest(folder).parts if (folder / MANIFEST).is_file() else None
+    return [folder / member(part) for part in range(parts or 0)]
 
 
 def save_several(folder: Path, students: Sequence[Path], router: Router, masses: Sequence[float]) -> None:

@@ -265,6 +265,26 @@ def test_an_interrupted_run_goes_on_in_its_part(base: Path, several: Path, monke
     assert all(torch.equal(found[k], v) for k, v in wanted.items())
 
 
+def test_students_start_as_those_of_a_run_of_several(base: Path, tmp_path: Path):
+    """The authors' last stage: each goes on from its own student, with its own prompts, whatever else is drawn now."""
+    first = run.train(settings(base, student="full", name="first"))
+    still = {"student": "full", "student_init": str(first), "max_train_steps": 1, "learning_rate": 1e-12}
+    second = run.train(settings(base, **still, output_dir=str(tmp_path), name="second", seed=7))
+    routers = [Router.load(of / "student/router.safetensors") for of in (first, second)]
+    assert routers[0].sha256 == routers[1].sha256
+    before, after = (weights(of / "student") for of in (first, second))
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        torch.testing.assert_close(after[key], tensor, rtol=0, atol=1e-9)
+    unet = [key for key in before if "unet" in key]
+    assert any(not torch.equal(before[key], before[key.replace("student_0", "student_1")]) for key in unet)
+    with pytest.raises(UserError, match=r"student_init: .*/first holds 2 students, and starts as many; set parts: 2"):
+        run.train(settings(base, **still, output_dir=str(tmp_path), name="third", parts=3))
+    Router(routers[0].tensors | {"offsets": torch.ones(2)}).save(second / "router.safetensors")
+    with pytest.raises(UserError, match=r"not the router of .*/first; start anew under another name="):
+        run.train(settings(base, **still, output_dir=str(tmp_path), name="second", seed=7), resume=True)
+
+
 def test_what_does_not_belong_together_is_refused(several: Path, tmp_path: Path):
     """Another router, students that changed places, a network where there are several."""
     whole = tmp_path / "student"

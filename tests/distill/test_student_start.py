@@ -295,7 +295,7 @@ def test_several_small_students(home: Path):
         rows = (denoiser.router.of(denoiser.encode(prompts)) == i).nonzero()[:, 0]
         own = sample(alone, alone.encode([prompts[k] for k in rows]), said.plan(1), rows.tolist())
         assert torch.allclose(x[rows], own, atol=1e-5)
-    with pytest.raises(UserError, match="several students, no one network"):
+    with pytest.raises(UserError, match="holds 2 students, and starts as many; set parts: 2"):
         networks_of(settings(home, student_init=str(folder)), load(home / "base"))
 
 
