@@ -11,6 +11,7 @@ from fewstep.app.cost import at_batch_sizes, measured
 from fewstep.app.processes import Processes
 from fewstep.app.rows import Row
 from fewstep.app.store import Store, plain, summary
+from fewstep.distill.cache import digest_of
 from fewstep.distill.evaluation import Sampler
 from fewstep.distill.prompt_sets import PromptSet
 from fewstep.metrics.networks import fingerprint
@@ -44,6 +45,8 @@ def draw(
         **{"source": sampler.source, "role": sampler.role, "steps": sampler.steps, "guidance": sampler.guidance},
         **{"scheduler": sampler.scheduler, "plan": plan, "shape": list(first.shape[1:])},
         "weights": [fingerprint(network, "") for network in sampler.networks],
+        "pipeline": digest_of(sampler.pipeline, _others(sampler), type(sampler.pipeline).__name__),
+        "solver": {k: str(v) for k, v in sorted(sampler.solver.config.items()) if not k.startswith("_")},
         **{"seed": prompts.seeds[0], "prompts": prompts.prompts},
     }
     name = Path(plain(Path(sampler.source).name)) / f"{sampler.steps}-step{'s' if sampler.steps > 1 else ''}"
@@ -72,3 +75,8 @@ def draw(
         **{"seconds_per_image": usual["seconds_per_image"], "n": len(prompts), "cost": table},
     }
     return Row(row, store.files, prompts.prompts, prompts.groups, same_noise=True, clips=first.ndim == 5)
+
+
+def _others(sampler: Sampler) -> list[str]:
+    """Components of its pipeline that are none of its networks."""
+    return [k for k, v in sampler.pipeline.components.items() if not any(v is network for network in sampler.networks)]

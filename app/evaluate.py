@@ -36,8 +36,8 @@ from fewstep.distill.metric_names import DRAWINGS, METRICS, Weights, check, fewe
 from fewstep.distill.prompt_sets import prompt_set
 from fewstep.distill.references import CACHE, read_reference
 from fewstep.distill.report import finite, write_json
-from fewstep.distill.seen import Seen, figures, see, see_prompt
-from fewstep.distill.table import label, show
+from fewstep.distill.seen import VARIETY, Seen, figures, see, see_prompt
+from fewstep.distill.table import label, short, show
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import class_of, family, load_student, parts
 from fewstep.samplers.manifest import read_manifest
@@ -249,14 +249,14 @@ class Evaluation:
         chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
         numbers = [i for chunk in self.processes.share(chunks) for i in chunk]
         network = [n for n in names if n not in DRAWINGS]
-        with self.processes.bar(len(numbers), f"judging {label(row.row)}") as progress, refusals():
+        with self.processes.bar(len(numbers), f"judging {self._label(row)}") as progress, refusals():
             for keys, images in read_batches(row.files, numbers, size, row.clips):
                 prompts = [row.prompts[i] for i in keys] if row.prompts else None
                 target = targets.images(keys) if targets else None
                 see(seen, images, keys, network, self.judges, prompts, target)
                 if progress is not None:
                     progress(len(keys))
-            if row.groups and any("variants" in METRICS[n].needs for n in network):
+            if row.groups and VARIETY & set(network):
                 for group, members in self.processes.share(list(row.members().items())):
                     see_prompt(seen, row.images(members), group, network, self.judges)
         seen = self.processes.together(seen)
@@ -277,19 +277,26 @@ class Evaluation:
             cost = row.row["seconds_per_image"]
             said = "" if cost is None else f", {cost:.3f} s an image"
             took = time.monotonic() - began
-            self.processes.say(f"report: {label(row.row)}: {len(row.files)} images{said}, judged in {took:.0f} s")
+            self.processes.say(f"report: {self._label(row)}: {len(row.files)} images{said}, judged in {took:.0f} s")
         self.rows.append(row)
         return seen
 
     def _note(self, row: Row, lines: Sequence[str]) -> None:
-        self.notes += [f"{label(row.row)}: {line}" for line in lines]
+        self.notes += [f"{self._label(row)}: {line}" for line in lines]
         for line in lines:
-            self.processes.say(f"note: {label(row.row)}: {line}")
+            self.processes.say(f"note: {self._label(row)}: {line}")
+
+    def _label(self, row: Row) -> str:
+        """With its source where there are several."""
+        names = short({*self.request.sources, row.row["source"]})
+        return label(row.row, names[row.row["source"]] if len(self.request.sources) > 1 else None)
 
     def report(self) -> dict[str, Any]:
         """What report.json holds."""
         prompts = self.prompts
-        report: dict[str, Any] = {"schema": 1, "n": len(prompts), "seeds": prompts.seeds, "prompts": prompts.name}
+        report: dict[str, Any] = {"schema": 1}
+        if any(row.same_noise for row in self.rows):  # else nobody was told them
+            report |= {"n": len(prompts), "seeds": prompts.seeds, "prompts": prompts.name}
         if self.real is not None:
             report["reference_seeds"] = {"reference": REFERENCE_SEED, "real renderings": REAL_SEED}
         report |= {k: v for k in ("reference", "revision", "variant") if (v := getattr(self.request, k))}

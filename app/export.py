@@ -10,7 +10,7 @@ from fewstep.samplers.errors import UserError, reason
 from fewstep.samplers.hub import is_hub_id
 from fewstep.samplers.load import load, load_student
 from fewstep.samplers.manifest import holds_lora, read_manifest
-from fewstep.samplers.student import PEFT, adapter_of, save_peft, save_student
+from fewstep.samplers.student import PEFT, adapter_of, replacing, save_peft, save_student
 
 FORMATS = ("diffusers", "fused", "peft")
 
@@ -28,7 +28,7 @@ def export(source: str, kind: str, out: Path, revision: str | None = None, varia
     folder = student_folder(source)
     if folder is None:
         raise UserError(f"{source}: neither a run nor a student's folder, which has fewstep.json")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out.samefile(Path.cwd())):
         raise UserError(f"{out}: exists already; name a new folder")
     manifest = read_manifest(folder)
     if manifest.parts is not None and kind != FORMATS[0]:
@@ -92,10 +92,8 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
 
 
 def _copy(folder: Path, out: Path) -> None:
-    try:
-        shutil.copytree(folder, out, dirs_exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+    with replacing(out) as new:
+        shutil.copytree(folder, new, dirs_exist_ok=True)
 
 
 def _peft(folder: Path, out: Path, revision: str | None, variant: str | None) -> list[str]:
@@ -105,11 +103,9 @@ def _peft(folder: Path, out: Path, revision: str | None, variant: str | None) ->
     elif holds_lora(folder):
         student, _ = load_student(folder, variant=variant, revision=revision)
         networks = student.networks
-        for name, network in networks.items():
-            try:
-                save_peft(out if len(networks) == 1 else out / name, *adapter_of(network))
-            except OSError as error:
-                raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+        with replacing(out) as new:
+            for name, network in networks.items():
+                save_peft(new if len(networks) == 1 else new / name, *adapter_of(network))
     else:
         raise UserError(f"{folder}: is a full student, without a LoRA; --format diffusers copies it")
     return [f"{out}: loads with peft.PeftModel.from_pretrained(network, {str(out)!r})"]

@@ -70,7 +70,9 @@ def sample(
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps. Default: 4, or as many as --timesteps.", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the first image of a prompt; the next has the next.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the first image of a prompt; the next has the next.", min=0, max=2**63 - 1)
+    ] = 0,
     n: Annotated[int, typer.Option("-n", help="Images of each prompt.", min=1)] = 8,
     out: Annotated[Path, typer.Option(help="The picture: .png, .jpg, and for clips .gif or .webp.")] = Path(
         "sample.png"

@@ -49,7 +49,7 @@ def evaluate(
     width: Annotated[int | None, typer.Option(help="The same.", min=1)] = None,
     num_frames: Annotated[int | None, typer.Option(help="Of pipelines' clips; the same.", min=1)] = None,
     teacher_steps: Annotated[int, typer.Option(help="Of the teacher that others are compared with.", min=1)] = 50,
-    seed: Annotated[int, typer.Option(help="Of prompts and images.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of prompts and images.", min=0, max=2**63 - 1)] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch", help="Images sampled at once.", min=1)] = 16,
     judge_batch: Annotated[int, typer.Option(help="Images judged at once.", min=1)] = 32,
     cost_batches: Annotated[

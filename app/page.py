@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from fewstep.app.rows import Row
 from fewstep.distill import checkpoint
 from fewstep.distill.metric_names import METRICS, OF_PROMPTS
 from fewstep.distill.picture import frames, to_image
-from fewstep.distill.table import cells, costs, heading, labels
+from fewstep.distill.table import cells, costs, heading, labels, short
 
 COLUMNS = 8
 """Images of a row."""
@@ -130,7 +130,9 @@ def _plots(rows: Sequence[dict[str, Any]]) -> str:
     """Each figure against calls of the network and against seconds; a line for each source."""
     sampled = [row for row in rows if row["nfe"]]
     names = [n for n in dict.fromkeys(n for row in sampled for n in row["metrics"]) if n in METRICS]
-    sources = list(dict.fromkeys(_source(row) for row in sampled))
+    called = short({row["source"] for row in sampled})
+    names_of = {(row["role"], row["source"]): f"{row['role']} {called[row['source']]}" for row in sampled}
+    sources = list(names_of.values())
     drawn = []
     for name in names:
         levels = [(row["source"], row["metrics"][name]["value"]) for row in rows if row["role"] in ("reference", "folder")
@@ -142,7 +144,7 @@ def _plots(rows: Sequence[dict[str, Any]]) -> str:
                 figure = row["metrics"].get(name)
                 if figure and figure["value"] is not None:
                     point = (float(row[key]), figure["value"], figure["stderr"] or 0.0)
-                    series.setdefault(_source(row), []).append(point)
+                    series.setdefault(names_of[row["role"], row["source"]], []).append(point)
             if sum(len({x for x, _, _ in points}) for points in series.values()) > 1:
                 lines = {k: sorted(set(points)) for k, points in series.items()}
                 pair.append(plot(f"{name} ({METRICS[name].better} is better)", axis, lines, dict(levels), sources))
@@ -156,10 +158,6 @@ def _plots(rows: Sequence[dict[str, Any]]) -> str:
         + "\n".join(drawn)
         + "</div>"
     )
-
-
-def _source(row: dict[str, Any]) -> str:
-    return f"{row['role']} {Path(row['source']).name}"
 
 
 def _grid(rows: Sequence[Row], names: Sequence[str]) -> str:
@@ -197,7 +195,7 @@ def _extremes(rows: Sequence[Row], names: Sequence[str]) -> str:
         few = min(EXTREMES, len(order) // 2)
         halves = [("worst", order[:few]), ("best", order[::-1][:few])]
         said = "".join(
-            f"<div>{what}:</div>{_figures(row.images(members[p][0] for p in some), some, means)}"
+            f"<div>{what}:</div>{_figures((row.images([members[p][0]])[0] for p in some), some, means)}"
             for what, some in halves
         )
         parts.append(f"<details{'' if parts else ' open'}><summary>{escape(name)}</summary>{said}</details>")
@@ -209,7 +207,7 @@ def _extremes(rows: Sequence[Row], names: Sequence[str]) -> str:
     )
 
 
-def _figures(images: Tensor, prompts: Sequence[str], means: dict[str, float]) -> str:
+def _figures(images: Iterable[Tensor], prompts: Sequence[str], means: dict[str, float]) -> str:
     found = []
     for image, prompt in zip(images, prompts, strict=True):
         said = f"<b>{means[prompt]:.2f}</b> {escape(prompt)}"

@@ -143,7 +143,10 @@ def _config(student: Path) -> TrainConfig | None:
     path = student.parent / "config.yaml"
     if student.name != "student" or not path.is_file():
         return None
-    return validate(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    try:
+        return validate(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as a run's config ({type(error).__name__})") from error
 
 
 def examples(base: str, config: TrainConfig | None, usual: Sequence[str] = ()) -> list[str]:

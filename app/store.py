@@ -136,8 +136,15 @@ def _png(image: Tensor, path: Path) -> None:
 
 
 def read(files: Sequence[Path], moving: bool = False) -> Tensor:
-    """Images (N, 3, H, W), or where they are `moving` clips (N, F, 3, H, W), of one size, uint8."""
-    return torch.stack([read_clip(f) if moving else read_image(f) for f in files])
+    """Images (N, 3, H, W), or where they are `moving` clips (N, F, 3, H, W), uint8; UserError where sizes differ."""
+    found = [read_clip(f) if moving else read_image(f) for f in files]
+    for file, image in zip(files, found, strict=True):
+        if image.shape != found[0].shape:
+            sizes = ["x".join(map(str, [*x.shape[:-3], *x.shape[-2:]])) for x in (image, found[0])]
+            raise UserError(
+                f"{file}: {sizes[0]} (height, width), and {files[0]} {sizes[1]}; they are compared pixel by pixel"
+            )
+    return torch.stack(found)
 
 
 def read_batches(

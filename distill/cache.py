@@ -34,15 +34,20 @@ IN_MEMORY = 2 << 30
 
 
 def made_by(denoiser: Denoiser, names: Iterable[str]) -> str:
-    """Names what makes cached tensors: the class, and of these components the settings, vocabulary and weights.
+    """Names what makes cached tensors: the class, and of these components the settings, vocabulary and weights."""
+    return digest_of(denoiser.pipeline, names, type(denoiser).__name__)
+
+
+def digest_of(pipeline: Any, names: Iterable[str], kind: str) -> str:
+    """A hash of a word, and of the settings, vocabulary and weights of these components of a pipeline.
 
     Of each tensor up to 4096 entries are read, bit by bit: training moves all of them.
     """
-    digest = sha256(type(denoiser).__name__.encode())
-    if labels := getattr(denoiser.pipeline, "labels", None):  # of classes: what their names mean
+    digest = sha256(kind.encode())
+    if labels := getattr(pipeline, "labels", None):  # of classes: what their names mean
         digest.update(json.dumps(labels, sort_keys=True).encode())
     for name in sorted(names):
-        component = denoiser.pipeline.components[name]
+        component = pipeline.components[name]
         if isinstance(component, nn.Module):
             config: Any = component.config
             settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)

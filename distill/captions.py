@@ -43,6 +43,8 @@ def read_captions(path: str | Path) -> list[str]:
         if not isinstance(caption, str) or not caption.strip():
             raise UserError(f"prompts {path}: caption {number} is empty")
         image = row.get("image_id") if isinstance(row, dict) else None
+        if not isinstance(image, str | int | float | None):
+            raise UserError(f"prompts {path}: the image_id of caption {number} must be a number or a text")
         if image is None or image not in images:
             found.append(" ".join(caption.split()))
         images.add(image)

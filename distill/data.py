@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fewstep.distill import clips, pictures
 from fewstep.distill.buckets import make_buckets, nearest
-from fewstep.distill.config import TrainConfig
+from fewstep.distill.config import ConfigError, TrainConfig
 from fewstep.distill.files import source
+from fewstep.distill.methods import distiller
 from fewstep.distill.pictures import Unusable, fitted, picture, size_ids
 from fewstep.distill.sources import Source, read_text, some
 from fewstep.samplers.errors import UserError
@@ -238,6 +239,13 @@ def data_set(
         files: what `files.source` gave for the config.
     """
     if config.train_data == "embedded:emoji":
+        if "images" in distiller(config.method).needs_of(config) and (
+            pixels != (64, 64) or config.aspect_ratio_buckets
+        ):
+            what = (
+                "in one size" if pixels == (64, 64) else f"at 64x64 pixels, and this run is at {pixels[0]}x{pixels[1]}"
+            )
+            raise ConfigError(f"config: train_data: embedded:emoji is drawn {what}")
         return EmojiImages(config.num_samples, config.seed)
     if files is not None:
         sizes = buckets(config, pixels)
@@ -252,7 +260,7 @@ def captions(config: TrainConfig) -> list[str]:
     files = source(config)
     if files is not None:
         return [text for texts in files.texts for text in texts]
-    return data_set(config, (8, 8)).captions
+    return data_set(config, (64, 64)).captions
 
 
 def buckets(config: TrainConfig, pixels: tuple[int, int]) -> list[tuple[int, int]]:

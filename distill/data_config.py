@@ -23,7 +23,9 @@ class DataConfig(BaseModel, frozen=True):
     image_column: str = Field("image", description="of dataset_name")
     video_column: str = Field("video", description="of dataset_name, for a teacher of clips")
     caption_column: str = Field("text", description="of dataset_name, of metadata.jsonl, of .json files in shards")
-    prompts: str | None = Field(None, description="a text file, one prompt a line, or embedded:NAME")
+    prompts: str | None = Field(
+        None, description="instead of images or clips with captions: a text file, one prompt a line, or embedded:NAME"
+    )
     negative_prompt: str = ""
     num_samples: int = Field(8000, ge=1, description="size of an embedded data set")
     resolution: int | None = Field(None, ge=8, description="height and width at once; with buckets their area's root")
@@ -54,6 +56,14 @@ class DataConfig(BaseModel, frozen=True):
         if name is not None and info.data.get("train_data") is not None:
             raise ValueError("give train_data or dataset_name, not both")
         return name
+
+    @field_validator("prompts")
+    @classmethod
+    def _one_list(cls, prompts: str | None, info: ValidationInfo) -> str | None:
+        given = next((k for k in ("train_data", "dataset_name") if info.data.get(k) is not None), None)
+        if prompts is not None and given is not None:
+            raise ValueError(f"{given} has captions of its own, which the run learns from; set one of them to null")
+        return prompts
 
     @field_validator("height", "width")
     @classmethod

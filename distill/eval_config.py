@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from pydantic import BaseModel, Field, PositiveInt, ValidationInfo, field_validator
 
@@ -73,6 +74,10 @@ class EvalConfig(BaseModel, frozen=True):
             return None
         rises = self.figure_is_best and METRICS[name.removeprefix(PREFIX)].better == "higher"
         return value if best is None or (value > best if rises else value < best) else None
+
+    def worn_out(self, meta: Mapping[str, Any]) -> bool:
+        """Whether a run whose checkpoint says this ended early, and would still."""
+        return bool(meta.get("worn_out")) and self.wears_out(meta["iteration"], meta["best"], None)
 
     def wears_out(self, iteration: int, best: tuple[float, int] | None, new: float | None) -> bool:
         """Whether `early_stopping_patience` evaluations in a row were no better than `best`, a value and its iteration."""

@@ -45,7 +45,13 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row before it is measured: `images(prompts, seeds)` are (B, 3, H, W) or (B, F, 3, H, W) in 0..1, on the CPU."""
+    """A row before it is measured: `images(prompts, seeds)` are (B, 3, H, W) or (B, F, 3, H, W) in 0..1, on the CPU.
+
+    Attributes:
+        networks: whose calls are counted.
+        pipeline: that holds what else images depend on, such as text encoders and autoencoder.
+        solver: its scheduler.
+    """
 
     source: str
     role: Literal["teacher", "student"]
@@ -53,6 +59,8 @@ class Sampler:
     guidance: float
     scheduler: str
     networks: list[nn.Module]
+    pipeline: Any
+    solver: Any
     images: Callable[[Sequence[str], Sequence[int]], Tensor]
 
 
@@ -132,7 +140,8 @@ class Teacher:
 
         names = family(type(self.pipeline).__name__).network_names
         networks = [m for n in names if (m := getattr(self.pipeline, n, None)) is not None]
-        return Sampler(self.source, "teacher", steps, scale, f"{said} ({how})" if how else said, networks, images)
+        what = f"{said} ({how})" if how else said
+        return Sampler(self.source, "teacher", steps, scale, what, networks, self.pipeline, solver, images)
 
 
 def teacher_of(
@@ -167,7 +176,8 @@ def student_sampler(
         return denoiser.decode(sample(denoiser, condition, plan, seeds, shape))
 
     networks = list(dict.fromkeys(m for n in denoiser.networks.values() if isinstance(m := bare(n), nn.Module)))
-    return Sampler(source, "student", steps, scale, plan.rule, networks, images)
+    of = denoiser.pipeline
+    return Sampler(source, "student", steps, scale, plan.rule, networks, of, of.scheduler, images)
 
 
 def timed(sampler: Sampler, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, float]:

@@ -15,12 +15,13 @@ import torch
 import yaml
 from torch import Tensor
 
-from fewstep.distill import cache, checkpoint, run
+from fewstep.distill import cache, checkpoint, report, run
 from fewstep.distill import data as data_sets
 from fewstep.distill.config import ConfigError, TrainConfig
 from fewstep.distill.data import DataSet
 from fewstep.distill.files import source
 from fewstep.distill.random import generator
+from fewstep.distill.record import refuse_changes
 from fewstep.distill.student_start import starts_of
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.errors import UserError
@@ -155,11 +156,16 @@ def train_parts(config: TrainConfig, parts: int, resume: bool = False, data: Dat
     folder = config.run_dir
     if (folder / ROUTER).is_file() and not resume:
         raise UserError(f"{folder}: holds a run already; --resume continues it, name=OTHER starts another")
+    if (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}: holds a run of one student; name=OTHER starts another")
+    if (folder / ROUTER).is_file() and (folder / "config.yaml").is_file():
+        refuse_changes(folder, config)
     starts = starts_of(config) if config.student_init is not None else []
     router, lists = _split(config, parts, data, starts)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    router.save(folder / ROUTER)
+    with checkpoint.writing(folder, "set output_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        router.save(folder / ROUTER)
     students = []
     for i, part in enumerate(lists):
         own = {"output_dir": str(folder / "parts"), "name": f"part_{i}", "parts": 1, "report_num": None}
@@ -176,6 +182,7 @@ def _split(config: TrainConfig, parts: int, data: DataSet | None, starts: Sequen
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
     if len(teacher.networks) > 1:
         raise ConfigError("config: parts: not for a teacher of two networks, which levels are split between")
+    report.check(config, run.methods_distiller(config, run.networks_of(config, teacher)).step_counts, teacher)
     if data is None:
         pixels, frames = teacher.pixels(config.height, config.width), teacher.frames(config.num_frames)
         data = data_sets.data_set(config, pixels, frames, source(config, teacher.clips))

@@ -88,5 +88,5 @@ def save(picture: Image.Image, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+    except (OSError, ValueError) as error:  # WebP has no pictures wider than 16383 pixels
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Generator, Iterable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from fewstep.distill.distiller import Distiller
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
+from fewstep.samplers.manifest import MANIFEST
 from fewstep.samplers.plan import sample, uniform_plan
+from fewstep.samplers.router import ROUTER
 
 MAY_CHANGE = {
     *("max_train_steps", "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"),
@@ -53,6 +56,16 @@ MAY_CHANGE = {
     *("sharding_strategy", "train_batch_size", "gradient_accumulation_steps"),  # as long as the rows are as many
 }
 """Keys that a resumed run may set anew."""
+
+
+def refuse_changes(folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """The config that a run's folder has; UserError where it differs from this one in what a run cannot change."""
+    then, now = yaml.safe_load((folder / "config.yaml").read_text()), config.model_dump(mode="json")
+    changed = [k for k in now if k not in MAY_CHANGE and then.get(k, now[k]) != now[k]]
+    if changed:
+        said = ", ".join(f"{k} (was {then.get(k)!r}, now {now[k]!r})" for k in changed)
+        raise UserError(f"{folder}: cannot be resumed with other values of {said}")
+    return then
 
 
 def environment() -> dict[str, Any]:
@@ -103,13 +116,10 @@ class Record:
         begun = (self.folder / "metrics.jsonl").is_file() or bool(checkpoint.iterations(self.checkpoints))
         if begun and not resume:
             raise UserError(f"{self.folder}: holds a run already; --resume continues it, name=OTHER starts another")
+        if (self.folder / ROUTER).is_file():
+            raise UserError(f"{self.folder}: holds a run of several students (parts); name=OTHER starts another")
         if begun and written.is_file():
-            then = yaml.safe_load(written.read_text())
-            changed = [k for k in now if k not in MAY_CHANGE and then.get(k, now[k]) != now[k]]
-            if changed:
-                said = ", ".join(f"{k} (was {then.get(k)!r}, now {now[k]!r})" for k in changed)
-                raise UserError(f"{self.folder}: cannot be resumed with other values of {said}")
-            self._same_rows(then, now)
+            self._same_rows(refuse_changes(self.folder, self.config), now)
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         if self.accelerator.is_main_process:
             found = environment() | {"processes": self.accelerator.num_processes}
@@ -138,14 +148,19 @@ class Record:
             )
 
     def finished(self) -> bool:
-        """Whether the last iteration's checkpoint is whole and the student is written."""
-        if not (self.folder / "student" / "fewstep.json").is_file():
+        """Whether the last iteration's checkpoint is whole and the student is written from it."""
+        try:
+            made = json.loads((self.folder / "student" / MANIFEST).read_text()).get("iteration")
+        except (OSError, ValueError):
             return False
+        # of another iteration where a run that went on longer was stopped before its student was written
         last = self.checkpoints / f"step-{self.config.max_train_steps:06d}"
         if checkpoint.fault(last) is None:
-            return True
+            return made == self.config.max_train_steps
         newest, _ = checkpoint.latest(self.checkpoints)
-        return newest is not None and checkpoint.meta(newest).get("worn_out", False)
+        if newest is None or not self.config.worn_out(meta := checkpoint.meta(newest)):
+            return False
+        return made == meta["iteration"]
 
     def say(self, line: str) -> None:
         """One line to the person at the terminal."""

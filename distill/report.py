@@ -33,10 +33,11 @@ from fewstep.distill.evaluation import (
 )
 from fewstep.distill.prompt_sets import EMBEDDED, PromptSet, prompt_set
 from fewstep.distill.table import label, labels, markdown
-from fewstep.samplers.baseline import scheduler_of
+from fewstep.samplers.baseline import refuse_steps, scheduler_of
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import load_student
+from fewstep.samplers.manifest import read_manifest
 
 COLUMNS = 8
 """Images of a row in the picture."""
@@ -152,7 +153,7 @@ def write_json(report: dict[str, Any], path: Path) -> None:
 
 def write(comparison: Comparison, folder: Path) -> dict[str, Any]:
     """report.json, report.md and samples/report.png of a run."""
-    report = comparison.report()
+    report = comparison.report() | {"iteration": read_manifest(folder / "student").iteration}
     picture.save(comparison.picture(), folder / PICTURE)
     write_json(report, folder / "report.json")
     return report
@@ -194,13 +195,17 @@ def check(config: TrainConfig, step_counts: Sequence[int], teacher: Denoiser) ->
     if wrong:
         allowed = ", ".join(map(str, step_counts))
         raise ConfigError(f"config: report_steps: {wrong[0]} is not a step count of this student; it has {allowed}")
-    scheduler_of(teacher.pipeline.scheduler, config.report_scheduler or "own")
+    for k in config.report_teacher_steps:
+        refuse_steps(scheduler_of(teacher.pipeline.scheduler, config.report_scheduler or "own"), k)
 
 
-def size(folder: Path) -> int | None:
-    """Samples of each row of a run's report; None where there is none."""
-    path = folder / "report.json"
-    return json.loads(path.read_text(encoding="utf-8"))["n"] if path.is_file() else None
+def current(config: TrainConfig) -> bool:
+    """Whether a run's report is of the student that is there now, and as large as the config says."""
+    path = config.run_dir / "report.json"
+    if not path.is_file():
+        return False
+    report, student = json.loads(path.read_text(encoding="utf-8")), read_manifest(config.run_dir / "student")
+    return (report["n"], report.get("iteration")) == (config.report_num, student.iteration)
 
 
 def teacher_guidance(config: TrainConfig) -> float:

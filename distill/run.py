@@ -72,6 +72,13 @@ def refuse(config: TrainConfig) -> None:
     check_tracker(config.report_to)
     efficiency.refuse(config)
     sharding.refuse(config)
+    if config.quantization_config is not None:
+        loads = family(class_of(config.teacher, config.revision)).takes_lora
+        if not loads or holds_lora(resolve(config.teacher)):
+            raise ConfigError(
+                "config: quantization_config: this teacher's pipeline takes no LoRA beside its weights, where it would have to "
+                "be added, and packed ones cannot be; base_dtype: bf16 halves the base without it"
+            )
 
 
 def methods_distiller(config: TrainConfig, networks: Networks) -> Distiller:
@@ -114,12 +121,12 @@ def train(
         if teacher is not None:
             raise ConfigError("config: parts: the teacher is loaded anew for each; name it by its source")
         train_parts(config, parts, resume, data)
-        if config.report_num is not None and not (resume and report.size(config.run_dir) == config.report_num):
+        if config.report_num is not None and not (resume and report.current(config)):
             report.report_run(config.run_dir)
         return config.run_dir
     record, trained = _fit(config, resume, teacher, data)
     # from what lies in the folder, once training's networks are out of memory
-    due = trained or report.size(config.run_dir) != config.report_num
+    due = trained or not report.current(config)
     if config.report_num is not None and due and record.accelerator.is_main_process:
         report.report_run(config.run_dir, record.say)
     return config.run_dir
@@ -244,6 +251,7 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
                 fingerprint=mark,
                 method=config.method,
                 kind=config.student,
+                iteration=trainer.iteration,
                 plans=plans,
                 height=config.height,
                 width=config.width,

@@ -167,6 +167,10 @@ def _of_clips(clips: Tensor, names: Sequence[str], judges: Judges) -> dict[str, 
     return found
 
 
+VARIETY = {"pixel_distance", "diversity_lpips", "diversity_lpips_ratio"}
+"""Figures of a prompt's images together, pixel by pixel."""
+
+
 def see_prompt(seen: Seen, images: Tensor, key: int, names: Sequence[str], judges: Judges) -> None:
     """Take in all images of one prompt, number `key`, where there are two or more: their variety."""
     if len(images) < 2:
@@ -177,7 +181,7 @@ def see_prompt(seen: Seen, images: Tensor, key: int, names: Sequence[str], judge
             seen.scores.update([key], pixel_distance=torch.tensor([value]).double())
             if error == error:  # where this is the only prompt
                 seen.scores.update([key], **{ALONE: torch.tensor([error]).double()})
-        if {"diversity_lpips", "diversity_lpips_ratio"} & set(names):
+        if (VARIETY - {"pixel_distance"}) & set(names):
             from fewstep.metrics.diversity import mean_pairwise
 
             value = mean_pairwise(images, judges.lpips)

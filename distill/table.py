@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def label(row: dict[str, Any]) -> str:
-    """`student, 4 steps`."""
+def label(row: dict[str, Any], name: str | None = None) -> str:
+    """`student, 4 steps`, after a name of its source where one is given; a folder always has one."""
     if row["role"] == "reference":
         return "real"
     if row["role"] == "folder":
-        return f"{Path(row['source']).name}, {row['n']} images"
-    return f"{row['role']}, {row['steps']} step{'s' if row['steps'] != 1 else ''}"
+        return f"{name or Path(row['source']).name}, {row['n']} images"
+    said = f"{row['role']}, {row['steps']} step{'s' if row['steps'] != 1 else ''}"
+    return f"{name}, {said}" if name else said
 
 
 def labels(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The labels of a table, with sources where one role has several."""
     pairs = {(row["role"], row["source"]) for row in rows}
     many = {role for role, _ in pairs if sum(r == role for r, _ in pairs) > 1}
-    return [f"{Path(row['source']).name}, {label(row)}" if row["role"] in many else label(row) for row in rows]
+    names = short(source for role, source in pairs if role in many)
+    return [label(row, names[row["source"]] if row["role"] in many else None) for row in rows]
+
+
+def short(sources: Iterable[str]) -> dict[str, str]:
+    """A name for each source: the last parts of its path, as few as tell it from all others."""
+    parts = {source: Path(source).parts for source in sources}
+    names = {}
+    for source, own in parts.items():
+        others = [p for other, p in parts.items() if other != source]
+        some = next((k for k in range(1, len(own)) if all(p[-k:] != own[-k:] for p in others)), len(own))
+        names[source] = "/".join(own[-some:]) if some < len(own) else source
+    return names
 
 
 def cell(value: float | None, error: float | None) -> str:
@@ -62,8 +75,10 @@ def costs(block: dict[str, Any]) -> list[list[str]]:
 
 def heading(block: dict[str, Any]) -> str:
     """What the rows of a table have in common."""
-    seeds = block["seeds"]
-    said = f"{block['n']} images a row, prompts {block['prompts']}, seeds {seeds[0]} to {seeds[-1]}"
+    said = "folders of images"
+    if seeds := block.get("seeds"):
+        which = "of each sampled row" if any(row["role"] == "folder" for row in block["rows"]) else "a row"
+        said = f"{block['n']} images {which}, prompts {block['prompts']}, seeds {seeds[0]} to {seeds[-1]}"
     if "reference" in block:
         said += f", reference {block['reference']}"
     if "reference_seeds" in block:

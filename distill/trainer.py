@@ -191,7 +191,9 @@ class Trainer:
             with self.averaged():
                 self.scalars |= self.judge(self.roles["student"].denoiser)
         value = c.new_best(self.scalars, self.best and self.best[0], judged)
-        self.worn_out = c.early_stopping_patience is not None and self._any(c.wears_out(done, self.best, value))
+        # who draws no images knows no figures
+        worn = self.judge is not None and c.wears_out(done, self.best, value)
+        self.worn_out = c.early_stopping_patience is not None and self._any(worn)
         if self.worn_out and self.best:
             self.record.say(
                 f"ends here: {c.best_metric} was {self.best[0]:.4g} at iteration {self.best[1]}, no better since"
@@ -277,7 +279,7 @@ class Trainer:
         self.method.load_tensors(groups)
         self.iteration, self.skipped, self.scalars = meta["iteration"], meta["skipped"], meta.get("scalars", {})
         self.best = tuple(meta["best"]) if meta["best"] else None
-        self.worn_out = meta.get("worn_out", False)
+        self.worn_out = self.config.worn_out(meta)
         self.alarm.load_state_dict(meta.get("alarm", {}))
         if self.samples is not None:
             self.samples.seen |= meta.get("samples") or {}

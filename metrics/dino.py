@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fewstep.metrics.networks import check_images, fingerprint, in_batches
@@ -41,11 +42,12 @@ class Dino:
                 raise ValueError(f"dino: {source} is a {kind} model; needs DINOv2, e.g. facebook/dinov2-large")
             self.processor = AutoImageProcessor.from_pretrained(source)
             network, found = AutoModel.from_pretrained(source, output_loading_info=True, dtype=torch.float32)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             wanted = "a folder needs config.json, model.safetensors and preprocessor_config.json"
             if not Path(source).is_dir():
                 wanted = f"run: hf download {source}, or give the path of a folder"
-            raise ValueError(f"dino: the model {source} is not on this machine; {wanted}") from error
+            what = "is not on this machine" if isinstance(error, OSError) else "has a damaged model.safetensors"
+            raise ValueError(f"dino: the model {source} {what}; {wanted}") from error
         if missing := sorted(found["missing_keys"]):
             raise ValueError(f"dino: {source} lacks weights of its own configuration, e.g. {missing[0]}")
         self.network = network.to(device).eval().requires_grad_(False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, reason
 from fewstep.samplers.load import family
 from fewstep.samplers.plan import generators
 
@@ -71,16 +71,27 @@ def scheduler_of(own: Any, name: str = "own", spacing: str | None = None) -> Any
         return type(own).from_config(config, **options)
     class_name, fixed = SCHEDULERS[name]
     options |= fixed
+    shift = config.get("flow_shift") or config.get("shift") or 1.0
     if flow and name in ("ddim", *OF_STUDENTS):
         raise UserError(
             f"scheduler {name}: cannot run on the levels of a flow; allowed: own, dpmsolver++, euler, unipc"
         )
     if flow and name == "euler":
         class_name = "FlowMatchEulerDiscreteScheduler"
+        options |= {"shift": shift}  # where other flow schedulers say flow_shift
     elif flow:
-        shift = config.get("flow_shift") or config.get("shift") or 1.0
         options |= {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": "flow_prediction"}
     return getattr(diffusers, class_name).from_config(config, **options)
+
+
+def refuse_steps(scheduler: Any, steps: int) -> None:
+    """UserError for more steps than a scheduler has levels."""
+    if scheduler.config.get("use_dynamic_shifting"):
+        return  # its levels depend on the size, and their number does not end
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise UserError(f"{type(scheduler).__name__}, {steps} steps: {reason(error)}") from error
 
 
 def stock_images(
@@ -124,8 +135,11 @@ def stock_images(
         raise UserError(
             f"timesteps: {type(pipeline.scheduler).__name__} takes none of its own; scheduler lcm or tcd does"
         )
-    with torch.no_grad():
-        out = pipeline(generator=generators(seeds), num_inference_steps=steps, **wanted)
+    try:
+        with torch.no_grad():
+            out = pipeline(generator=generators(seeds), num_inference_steps=steps, **wanted)
+    except ValueError as error:  # steps, times and sizes that the pipeline or its scheduler does not take
+        raise UserError(f"{type(pipeline).__name__}, {steps} steps: {reason(error)}") from error
     images = out.frames if hasattr(out, "frames") else out.images
     if not isinstance(images, Tensor):
         images = torch.from_numpy(images).movedim(-1, -3)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 from fewstep.samplers.errors import UserError, reason
+from fewstep.samplers.manifest import MANIFEST
 
 
 def is_hub_id(source: str) -> bool:
@@ -11,12 +15,30 @@ def is_hub_id(source: str) -> bool:
     return len(parts) == 2 and all(parts) and not source.startswith((".", "~"))
 
 
+@cache
+def student_of(source: str) -> str | None:
+    """The folder of a repository that holds a student, fetched whole into the hub cache; None for any other source."""
+    if not is_hub_id(source) or Path(source).exists():
+        return None
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        hf_hub_download(source, MANIFEST)
+    except (OSError, ValueError):  # no repository, none that answers, or a pipeline's: whoever reads it next says so
+        return None
+    try:
+        return snapshot_download(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: the hub answered: {reason(error)}") from error
+
+
 def index_from_hub(source: str, revision: str | None) -> str:
     """Where a repository's `model_index.json` lies in the hub cache, fetched if need be; UserError in one line."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -25,6 +47,8 @@ def index_from_hub(source: str, revision: str | None) -> str:
     at = "" if revision is None else f" at revision {revision}"
     try:
         return hf_hub_download(source, "model_index.json", revision=revision)
+    except HFValidationError as error:
+        raise UserError(f"{source}: no such folder, and not a hub id") from error
     except GatedRepoError as error:
         raise UserError(f"{source}: gated; accept its licence on its page and log in (`hf auth login`)") from error
     except RepositoryNotFoundError as error:

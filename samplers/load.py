@@ -16,7 +16,7 @@ from fewstep.samplers import foreign, single_file
 from fewstep.samplers.adapters import Adapted
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError, one_line
-from fewstep.samplers.hub import index_from_hub, is_hub_id
+from fewstep.samplers.hub import index_from_hub, is_hub_id, student_of
 from fewstep.samplers.manifest import (
     MANIFEST,
     Manifest,
@@ -63,7 +63,7 @@ def parts(source: str | Path) -> tuple[str, list[str]]:
 
 
 def resolve(source: str | Path) -> str:
-    """`embedded:NAME` to the shipped folder, a run to its student; anything else stays.
+    """`embedded:NAME` to the shipped folder, a run to its student, a student's hub id to its files; anything else stays.
 
     Raises:
         UserError: for an unknown name, and for a run that has no student yet.
@@ -77,7 +77,7 @@ def resolve(source: str | Path) -> str:
             return str(path / "student")
         if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
             raise UserError(f"{source}: this run has no student yet; continue it with --resume")
-        return source
+        return student_of(source) or source
     folder = EMBEDDED / source.removeprefix("embedded:")
     if not (folder / "model_index.json").is_file():
         names = sorted(p.parent.name for p in EMBEDDED.glob("*/model_index.json"))

@@ -37,6 +37,7 @@ class Manifest(BaseModel, extra="forbid"):
     method: str
     kind: Literal["lora", "full"]
     plans: dict[int, SamplingPlan] = Field(description="by number of steps")
+    iteration: int | None = Field(None, description="of its training, that it was made after")
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None

@@ -57,7 +57,10 @@ def _shift_factor(config: Mapping[str, Any], sequence_length: int | None) -> flo
 
 def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     """The table that diffusers itself computes for these betas, in its own float32."""
-    from diffusers import DDIMScheduler
+    from diffusers import DDPMScheduler  # who knows every schedule of betas
 
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    return DDIMScheduler(**{k: config[k] for k in keys if k in config}).alphas_cumprod
+    try:
+        return DDPMScheduler(**{k: config[k] for k in keys if k in config}).alphas_cumprod
+    except NotImplementedError as error:
+        raise UserError(f"scheduler: beta_schedule {config['beta_schedule']}: unknown to diffusers") from error

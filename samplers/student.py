@@ -100,6 +100,8 @@ def replacing(folder: Path) -> Iterator[Path]:
                 old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
+    except shutil.Error as error:  # of copytree: every file that failed, with its reason
+        raise UserError(f"{folder}: cannot be written ({error.args[0][0][-1]})") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     finally:

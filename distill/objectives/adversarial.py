@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 from fewstep.distill.distiller import Role
 from fewstep.samplers.condition import Condition
@@ -21,7 +21,8 @@ class Heads(nn.Module):
     """One logit a sample from each feature map, (B, maps), float32.
 
     A UNet's map (B, C, height, width): DMD2's head (arXiv:2405.14867), 4x4 convolutions of stride 2 with group norm and
-    SiLU, then one over what is left. A transformer's tokens (B, N, C): two layers on each token, then their mean; ours.
+    SiLU, then one over what is left. A map that is shorter along a side than the example, as those of another bucket of
+    sizes are, gets zeros around it. A transformer's tokens (B, N, C): two layers on each token, then their mean; ours.
 
     Args:
         features: examples, of which only the shapes are read.
@@ -30,6 +31,7 @@ class Heads(nn.Module):
 
     def __init__(self, features: Sequence[Tensor], seed: int = 0):
         super().__init__()
+        self.sizes = [f.shape[2:] if f.ndim == 4 else None for f in features]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.heads = nn.ModuleList(
@@ -38,8 +40,15 @@ class Heads(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits of features, in the order of the examples."""
-        logits = [head(f).flatten(1).mean(1) for head, f in zip(self.heads, features, strict=True)]
+        padded = (f if size is None else _at_least(f, size) for f, size in zip(features, self.sizes, strict=True))
+        logits = [head(f).flatten(1).mean(1) for head, f in zip(self.heads, padded, strict=True)]
         return torch.stack(logits, 1).float()
+
+
+def _at_least(x: Tensor, size: Sequence[int]) -> Tensor:
+    """A map (B, C, ...) with zeros around it where it is smaller."""
+    short = [max(0, want - have) for want, have in zip(size, x.shape[2:], strict=True)]
+    return pad(x, [n for s in reversed(short) for n in (s // 2, s - s // 2)]) if any(short) else x
 
 
 def _conv_head(shape: torch.Size) -> nn.Module:

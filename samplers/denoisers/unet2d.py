@@ -41,6 +41,11 @@ class UNet2D(Denoiser):
                 "DDPMPipeline: its UNet2DModel is class-conditional, and this pipeline passes no label on; "
                 "save it as ConsistencyModelPipeline(unet, scheduler), which does"
             )
+        if config.out_channels != config.in_channels:
+            raise UserError(
+                f"{name}: its network predicts {config.out_channels} channels for {config.in_channels}, a variance beside the "
+                "noise, and this pipeline does not split them for schedulers of few steps; save the network without it"
+            )
         self.takes_prompts = bool(config.num_class_embeds)
         self.examples = example_labels(config.num_class_embeds or 0, {})
 
@@ -62,13 +67,15 @@ class UNet2D(Denoiser):
 
     @staticmethod
     def call_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
+        name = type(pipeline.scheduler).__name__
+        if type(pipeline).__name__ == "DDPMPipeline" and pipeline.scheduler.init_noise_sigma > 1:
+            raise UserError(f"scheduler {name}: DDPMPipeline does not scale its noise or inputs, as this one needs")
         classes = pipeline.unet.config.num_class_embeds
         labels = {"class_labels": class_ids(prompts, classes, {})} if classes else {}
         return {"batch_size": len(prompts), **labels}
 
     def call(self, network: Callable[..., Any], x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        output = network(x_t.to(self.network.dtype), time, **condition.tensors, return_dict=False)[0]
-        return output[:, : x_t.shape[1]]  # a learned variance may follow
+        return network(x_t.to(self.network.dtype), time, **condition.tensors, return_dict=False)[0]
 
     def latent_shape(
         self, height: int | None = None, width: int | None = None, frames: int | None = None

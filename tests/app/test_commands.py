@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from fewstep.samplers.load import load, load_student
 from tests.app.conftest import Answer
@@ -88,6 +89,26 @@ def test_sample_refuses_an_unknown_scheduler(fewstep: Command, teacher: Path):
         2,
         "scheduler 'dpm' is unknown; allowed: own, ddim, dpmsolver++, euler, lcm, tcd, unipc\n",
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--steps", "60", "--scheduler", "lcm"], "60 steps: "),
+        (
+            ["--steps", "2", "--scheduler", "lcm", "--timesteps", "249,999"],
+            "2 steps: `custom_timesteps` must be in desc",
+        ),
+        (["--steps", "2000", "--scheduler", "ddim"], "2000 steps: `num_inference_steps`: 2000 cannot be larger than"),
+        (["--seed", str(2**64)], "Invalid value for '--seed': Input should be less"),
+    ],
+)
+def test_sample_refuses_what_a_scheduler_does_not_take(
+    fewstep: Command, teacher: Path, arguments: list[str], said: str
+):
+    answer = fewstep("sample", teacher, "-p", "x", *arguments)
+    assert (answer.code, answer.out) == (2, "")
+    assert said in answer.err
 
 
 def test_evaluate_compares_with_the_many_step_picture_of_the_same_noise(
@@ -185,6 +206,37 @@ def test_exports_say_what_the_student_says(fewstep: Command, moved: Path, teache
     other = load(teacher)
     other.pipeline.unet = PeftModel.from_pretrained(other.pipeline.unet, tmp_path / "peft")
     torch.testing.assert_close(latents(other), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "peft"])
+def test_an_export_that_fails_leaves_nothing(
+    fewstep: Command, trained: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A disk that is full in the middle: the same command works once there is room."""
+    import shutil
+
+    from fewstep.app import export
+
+    def full(folder: Path, out: Path, *rest: object, **more: object) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "half").write_text("")
+        if kind == "peft":
+            raise SafetensorError("Error while serializing: No space left on device")
+        raise shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
+
+    if kind == "peft":
+        monkeypatch.setattr(export, "save_peft", lambda out, *rest: full(trained, out))
+    else:
+        monkeypatch.setattr(shutil, "copytree", full)
+    answer = fewstep("export", trained, tmp_path / "out", "--format", kind)
+    assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
+    assert "out: cannot be written (" in answer.err
+    assert "No space left on device" in answer.err
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert fewstep("export", trained, tmp_path / "out", "--format", kind).code == 0
+    monkeypatch.chdir(tmp_path / "out")
+    assert ".: exists already; name a new folder" in fewstep("export", trained, ".", "--format", kind).err
 
 
 def test_export_refuses_in_one_line(fewstep: Command, trained: Path, teacher: Path, tmp_path: Path):

@@ -164,6 +164,29 @@ def test_two_processes_give_the_figures_of_one(evaluated: dict[str, Any], settin
             assert figure["stderr"] == pytest.approx(want["metrics"][name]["stderr"], rel=1e-6)
 
 
+@pytest.mark.parametrize("changed", ["vae", "scheduler"])
+def test_images_of_a_pipeline_that_changed_are_drawn_anew(setting: Setting, tmp_path: Path, changed: str):
+    """Its autoencoder or its scheduler's settings: the networks that are called are the same."""
+    from safetensors.torch import load_file, save_file
+
+    source = Path(shutil.copytree(setting.teacher, tmp_path / "z"))
+    out = tmp_path / "report.json"
+    assert run(*setting.command(out, "pixel_distance", source=source)).code == 0
+    before = {f: f.stat().st_mtime_ns for f in out.with_suffix(".images").rglob("*.png")}
+    assert run(*setting.command(out, "pixel_distance", source=source)).code == 0
+    assert {f: f.stat().st_mtime_ns for f in out.with_suffix(".images").rglob("*.png")} == before
+    if changed == "vae":
+        file = source / "vae/diffusion_pytorch_model.safetensors"
+        save_file(
+            {k: v + 0.5 * (k == "decoder.conv_out.bias") for k, v in load_file(file).items()}, file, {"format": "pt"}
+        )
+    else:
+        file = source / "scheduler/scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.02}))
+    assert run(*setting.command(out, "pixel_distance", source=source)).code == 0
+    assert len(list(out.with_suffix(".images").rglob("*.png"))) == 2 * len(before)
+
+
 def first_four(images: list[Path], to: Path) -> Path:
     """A folder with copies of the first of them: Inception takes its time."""
     to.mkdir()

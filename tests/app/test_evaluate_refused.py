@@ -112,6 +112,25 @@ def test_a_folder_whose_prompts_are_not_whole_is_told(setting: Setting, tmp_path
     assert any("clip: needs prompts" in note for note in report["notes"])
 
 
+def test_a_folder_of_several_sizes(setting: Setting, tmp_path: Path):
+    """Scores and the page are had of it; what is compared pixel by pixel is not, and a report names no prompts or seeds."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for i, image in enumerate(noise_images(8, 48, 64)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).resize((64 + 8 * (i % 2), 48)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a cat" if i < 2 else f"number {i}")
+    out = tmp_path / "report.json"
+    answer = run(*setting.command(out, "clip,vendi", source=folder))
+    assert answer.code == 0, answer.err
+    assert "folders of images, reference" in answer.out
+    report = json.loads(out.read_text())
+    assert not {"n", "seeds", "prompts"} & report.keys()
+    assert "Worst and best prompts" in out.with_suffix(".html").read_text()
+    answer = run(*setting.command(out, "pixel_distance", source=folder))
+    assert (answer.code, len(answer.err.splitlines())) == (2, 1)
+    assert "1.png: 48x72 (height, width), and " in answer.err
+
+
 def test_a_teacher_of_another_size_is_seen_at_the_first_image(setting: Setting, tmp_path: Path, teacher: Path):
     """Its images are 16 pixels wide; those of the other pipeline, which is the same with fewer channels, 8."""
     other = Path(shutil.copytree(teacher, tmp_path / "other"))

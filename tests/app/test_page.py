@@ -31,6 +31,22 @@ def row(folder: Path, role: str, steps: int, fid: float, clip: list[float], leve
     return Row(said, store.files, PROMPTS, [0, 1, 2, 3], True, scores)
 
 
+def test_sources_of_one_name_are_two_lines_and_pictures_may_have_any_size(tmp_path: Path):
+    rows = [row(tmp_path / s, "student", n, n + 1.0, [1.0, 2.0, 3.0, 4.0], 9) for s in "ab" for n in (1, 2)]
+    for i, one in enumerate(rows):
+        one.row["source"] = f"runs/{'ab'[i // 2]}/student"
+    wide = torch.zeros(1, 3, 8, 16, dtype=torch.uint8)
+    Store(tmp_path / "wide", Path("w"), {}, 1).add([0], wide, Cost(1, 0.1, 1, None))
+    (rows[0].files[3],) = (tmp_path / "wide").rglob("*.png")
+    rows[0].same_noise = False
+    report: dict[str, Any] = {"n": 4, "seeds": [0, 1, 2, 3], "prompts": "p.txt", "rows": [r.row for r in rows]}
+    write(tmp_path / "report.html", report, rows)
+    html = (tmp_path / "report.html").read_text()
+    assert "student a/student" in html
+    assert "student b/student" in html
+    assert html.count("<polyline") == 8  # of two figures, against two costs, for each source
+
+
 @pytest.fixture
 def page(tmp_path: Path) -> str:
     rows = [

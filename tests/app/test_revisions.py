@@ -117,6 +117,21 @@ def test_a_student_keeps_its_revision_and_can_be_told_it(fewstep: Command, confi
     assert not (tmp_path / "copy").exists()
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_student_of_the_hub_is_sampled_as_one(fewstep: Command, config: Path, hub: Hub, tmp_path: Path, kind: str):
+    """By its own plan, from the files of its repository, as from the folder that was pushed."""
+    quick = ("max_train_steps=1", "report_num=null", "validation_steps=null", "preflight=false", "steps=[2]")
+    told = (f"teacher={hub.folders['main']}", f"student={kind}", f"output_dir={tmp_path}", *quick)
+    answer = fewstep("train", config, *told)
+    assert answer.code == 0, answer.err
+    name, folder = f"me/fruit-{kind}", tmp_path / "tiny/student"
+    with pytest.MonkeyPatch.context() as patch:
+        keep(hub.cache, name, {"main": folder}, patch)
+        assert drawn(fewstep, tmp_path / "x.png", name) == drawn(fewstep, tmp_path / "x.png", folder)
+        answer = fewstep("sample", name, "-p", "a cat", "--steps", 3, "--out", tmp_path / "x.png")
+        assert (answer.code, "steps 3: this student samples in 2 steps" in answer.err) == (2, True), answer.err
+
+
 @pytest.mark.parametrize("command", ["sample", "evaluate", "playground", "export", "train"])
 def test_a_folder_has_no_revision(
     command: str, fewstep: Command, config: Path, trained: Path, hub: Hub, tmp_path: Path

@@ -25,6 +25,18 @@ def test_images_and_clips_come_back_bit_for_bit(tmp_path: Path, shape: tuple[int
     assert torch.equal(torch.cat([x for _, x in parts]), images[[4, 0, 2]])
 
 
+def test_images_of_two_sizes_are_not_one_tensor(tmp_path: Path):
+    for i, size in enumerate(((8, 6), (8, 6), (6, 8))):
+        Store(tmp_path, Path(f"{i}"), {}, 1).add(
+            [0], torch.zeros(1, 3, *size, dtype=torch.uint8), Cost(1, 1.0, 1, None)
+        )
+    files = sorted(tmp_path.rglob("*.png"))
+    with pytest.raises(
+        UserError, match=r"2-.*: 6x8 \(height, width\), and .*0-.* 8x6; they are compared pixel by pixel"
+    ):
+        read(files)
+
+
 def test_missing_batches_are_the_ones_of_a_whole_run(tmp_path: Path):
     """A batch of which one image is not there is drawn whole, since networks round by the batch."""
     store = Store(tmp_path, Path("a"), {}, 10)

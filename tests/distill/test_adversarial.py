@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.distill.buckets import make_buckets
 from fewstep.distill.config import ConfigError
 from fewstep.distill.distiller import Batch
 from fewstep.distill.methods.distribution_matching import DistributionMatching, Draws
@@ -76,6 +77,20 @@ def test_heads(shape: tuple[int, ...]):
     again = adversarial.Heads([x, x], seed=3)
     assert torch.equal(again([x, x]), logits)
     assert not torch.equal(adversarial.Heads([x, x], seed=4)([x, x]), logits)
+
+
+@pytest.mark.parametrize(("model", "scale"), [((512, 512), 64), ((1024, 1024), 32)])
+def test_heads_take_maps_of_every_bucket(model: tuple[int, int], scale: int):
+    """Of SD 1.5's and SDXL's mid blocks, made for the square; one as large as the example is not padded."""
+    heads = adversarial.Heads([torch.zeros(1, 8, model[0] // scale, model[1] // scale)])
+    for height, width in make_buckets(*model, 64):
+        x = torch.randn(2, 8, height // scale, width // scale, generator=torch.Generator().manual_seed(0))
+        logits = heads([x.requires_grad_()])
+        assert logits.shape == (2, 1)
+        (gradient,) = torch.autograd.grad(logits.sum(), x)
+        assert (gradient.abs().sum(1) > 0).float().mean() > 0.7
+    x = torch.randn(1, 8, model[0] // scale, model[1] // scale)
+    assert adversarial._at_least(x, x.shape[2:]) is x
 
 
 def test_mean_logits():

@@ -42,6 +42,7 @@ def test_captions_of_every_kind_of_file(tmp_path: Path, name: str, text: str):
         ("a.json", '{"annotations": [', "not a json table of captions"),
         ("a.json", "[1, 2]", "no column caption, prompt, text; it has none"),
         ("a.jsonl", "a cat\n", "not a jsonl table of captions"),
+        ("a.json", '[{"image_id": [1], "caption": "a"}]', "the image_id of caption 1 must be a number or a text"),
     ],
 )
 def test_refusals_name_the_file_and_what_is_wrong(tmp_path: Path, name: str, text: str, said: str):

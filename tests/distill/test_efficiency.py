@@ -26,7 +26,7 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of, load
 from tests.distill.runs import config, metrics, write_images
 from tests.distill.test_networks import ask, gradients, three
-from tests.pipelines import tiny_dit, tiny_stable_diffusion, tiny_wan
+from tests.pipelines import tiny_dit, tiny_pixart, tiny_stable_diffusion, tiny_wan
 
 SMALL = {"max_train_steps": 3, "train_batch_size": 2, "checkpointing_steps": 3, "steps": [2], "method": "dmd2"}
 GAN = {"gan_weight": 0.01, "fake_score_updates": 2}
@@ -257,6 +257,19 @@ def test_bitsandbytes_is_asked_for(settings: Callable[..., Any], key: dict, monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=f"^{name}: bitsandbytes needs a GPU; "):
         refuse(settings(**key))
+
+
+def test_a_lora_that_is_saved_inside_its_base_has_none_that_is_packed(
+    settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(efficiency, "refuse", lambda config: None)  # who asks for a GPU
+    tiny_pixart().save_pretrained(tmp_path / "pixart")
+    with pytest.raises(
+        ConfigError, match="quantization_config: this teacher's pipeline takes no LoRA beside its weights"
+    ):
+        refuse(settings(quantization_config="nf4", teacher=str(tmp_path / "pixart")))
+    tiny_stable_diffusion().save_pretrained(tmp_path / "sd")
+    refuse(settings(quantization_config="nf4", teacher=str(tmp_path / "sd")))
 
 
 def test_a_quantised_base_is_diffusers_own(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,8 +66,23 @@ def test_a_run_ends_after_figures_that_are_no_better(tmp_path: Path):
     assert again.iteration == 4
     assert not again.record.finished()
     (tmp_path / "run" / "student").mkdir()
-    (tmp_path / "run" / "student" / "fewstep.json").write_text("{}")
-    assert again.record.finished()
+    for made, finished in ((3, False), (4, True)):
+        (tmp_path / "run" / "student" / "fewstep.json").write_text(json.dumps({"iteration": made}))
+        assert again.record.finished() is finished
+    for changed in ({"early_stopping_patience": None}, {"early_stopping_patience": 3}):
+        longer = scripted(tmp_path, Scripted({"student": square}), resume=True, **changes | changed)
+        assert not longer.record.finished()
+        assert not longer.worn_out  # what stopped it is no longer asked for
+
+
+def test_only_who_draws_decides_that_a_run_ends(tmp_path: Path):
+    """Another process has the best of the checkpoint that it went on from, and never a newer one."""
+    changes = {"eval_steps": 1, "eval_metrics": ["motion"], "best_metric": "eval/motion", "early_stopping_patience": 2}
+    judged(tmp_path, [5.0, 6.0], max_train_steps=2, **changes)
+    other = scripted(tmp_path, Scripted({"student": square}), resume=True, **changes)
+    assert other.judge is None
+    other.run()
+    assert other.iteration == 6
 
 
 class Student(SimpleNamespace):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -310,6 +311,35 @@ def test_the_folder_is_exported_whole(several: Path, tmp_path: Path):
     (line,) = export(str(several), "diffusers", tmp_path / "out")
     assert "2 students and their router" in line
     assert load_student(tmp_path / "out")[0].networks.keys() == {"student_0", "student_1"}
+
+
+def test_a_run_of_one_and_a_run_of_several_share_no_folder(base: Path, several: Path, tmp_path: Path):
+    """Whichever came first stays as it is; so does the config of a run that is resumed with other values."""
+    one = run.train(settings(base, parts=1, name="one", output_dir=str(tmp_path)))
+    kept = {p: p.read_bytes() for p in (one / "config.yaml", one / "student/fewstep.json", several / "config.yaml")}
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"one: holds a run of one student; name=OTHER starts another"):
+            run.train(settings(base, name="one", output_dir=str(tmp_path)), resume)
+        with pytest.raises(UserError, match=r"holds a run of several students \(parts\); name=OTHER starts another"):
+            run.train(settings(base, parts=1, name=several.name), resume)
+    with pytest.raises(UserError, match=r"cannot be resumed with other values of learning_rate"):
+        run.train(settings(base, name=several.name, learning_rate=0.5), resume=True)
+    with pytest.raises(UserError, match="cannot be written"):
+        run.train(settings(base, name="x", output_dir="/proc/nowhere"))
+    assert all(p.read_bytes() == was for p, was in kept.items())
+
+
+def test_a_report_of_several_is_looked_at_first_and_made_again_when_they_went_on(base: Path, tmp_path: Path):
+    told = {"name": "reported", "output_dir": str(tmp_path), "report_num": 4, "report_teacher_steps": [1]}
+    with pytest.raises(ConfigError, match="report_steps: 3 is not a step count of this student"):
+        run.train(settings(base, **told, report_steps=[3]))
+    assert not (tmp_path / "reported").exists()
+    report = run.train(settings(base, **told)) / "report.json"
+    first = report.read_text()
+    run.train(settings(base, **told), resume=True)
+    assert report.read_text() == first
+    run.train(settings(base, **told, max_train_steps=3), resume=True)
+    assert (json.loads(first)["iteration"], json.loads(report.read_text())["iteration"]) == (2, 3)
 
 
 @pytest.mark.parametrize(

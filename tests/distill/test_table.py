@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fewstep.distill.table import cell, labels, show
+from fewstep.distill.table import cell, heading, labels, show
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,18 @@ ROWS = [row("reference", "real renderings", 0), row("teacher", "a/b", 4), row("s
 def test_sources_are_named_where_a_role_has_several():
     assert labels(ROWS) == ["real", "teacher, 4 steps", "student, 1 step"]
     assert labels([*ROWS, row("student", "c/two", 1)])[2:] == ["one, student, 1 step", "two, student, 1 step"]
+    two = [row("student", f"runs/{name}/student", 1) for name in ("a", "b")]
+    assert labels(two) == ["a/student, student, 1 step", "b/student, student, 1 step"]
+    folders = [row("folder", source, 0) | {"n": 6} for source in ("x/same", "y/same", "same")]
+    assert labels(folders) == ["x/same, 6 images", "y/same, 6 images", "same, 6 images"]
+
+
+def test_a_heading_tells_prompts_and_seeds_where_something_was_drawn_with_them():
+    block: dict[str, Any] = {"n": 2, "seeds": [3, 4], "prompts": "p.txt", "rows": ROWS}
+    assert heading(block) == "2 images a row, prompts p.txt, seeds 3 to 4"
+    folder = row("folder", "a/b", 0) | {"n": 6}
+    assert heading(block | {"rows": [*ROWS, folder]}) == "2 images of each sampled row, prompts p.txt, seeds 3 to 4"
+    assert heading({"rows": [folder], "reference": "c"}) == "folders of images, reference c"
 
 
 @pytest.mark.parametrize(("width", "shown"), [(50, "0.900"), (90, "0.900 ± 0.020")])

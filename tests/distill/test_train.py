@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from fewstep.distill import run
 from fewstep.distill.config import ConfigError
+from fewstep.distill.record import Record
 from fewstep.distill.run import train
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
@@ -118,6 +119,38 @@ class Kept(accelerate.tracking.GeneralTracker):
 
     def finish(self) -> None:
         self.ended = True
+
+
+def test_a_longer_run_that_was_stopped_before_its_student_writes_it(
+    settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+):
+    """The student of the shorter run lies there, and the last checkpoint is whole."""
+    straight = train(settings(name="straight", max_train_steps=2), teacher=teacher())
+    folder = train(settings(max_train_steps=1), teacher=teacher())
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "preview", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings(max_train_steps=2), resume=True, teacher=teacher())
+    train(settings(max_train_steps=2), resume=True, teacher=teacher())
+    states = [load_file(run / "student/pytorch_lora_weights.safetensors") for run in (folder, straight)]
+    assert all(torch.equal(states[0][k], v) for k, v in states[1].items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"resolution": 128}, "at 64x64 pixels, and this run is at 128x128"),
+        ({"aspect_ratio_buckets": True}, "in one size"),
+    ],
+)
+def test_drawings_have_one_size(tmp_path: Path, changes: dict[str, Any], said: str):
+    own = {"train_data": "embedded:emoji", "teacher": "embedded:emoji", "num_samples": 4, **SMALL}
+    with pytest.raises(ConfigError, match=f"train_data: embedded:emoji is drawn {said}"):
+        train(config(tmp_path, **own | changes))
 
 
 def test_a_tracker_gets_what_is_logged(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):

@@ -131,6 +131,10 @@ def test_keys_of_sizes():
     ("changes", "message"),
     [
         ({"resolution": 512, "height": 256}, r"height: give resolution \(now 512\), or height and width, not both"),
+        (
+            {"prompts": "p.txt"},
+            "prompts: train_data has captions of its own, which the run learns from; set one of them",
+        ),
         ({"dataset_name": "org/set"}, "dataset_name: give train_data or dataset_name, not both"),
         ({"aspect_ratio_buckets": "672x1568"}, "aspect_ratio_buckets: must be true, false, or sizes as 'height,width"),
         ({"aspect_ratio_buckets": []}, "aspect_ratio_buckets: must name one size at least"),

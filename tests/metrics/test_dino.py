@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -89,6 +90,10 @@ def test_what_is_missing_is_named_with_what_supplies_it(folder, tmp_path):
         (broken("bare", lambda p: (p / "model.safetensors").unlink()), "a folder needs config.json, model.safetensors"),
         (broken("unprepared", lambda p: (p / "preprocessor_config.json").unlink()), "and preprocessor_config.json"),
         (broken("torn", drop_a_weight), "lacks weights of its own configuration, e.g. layernorm.weight"),
+        (
+            broken("cut", lambda p: os.truncate(p / "model.safetensors", 500)),
+            "has a damaged model.safetensors; a folder",
+        ),
         (broken("vit", another_kind), "is a vit model; needs DINOv2"),
     ):
         with pytest.raises(ValueError, match=line) as caught:

@@ -99,13 +99,15 @@ def test_what_is_missing_is_named_with_what_supplies_it(backbones, tmp_path, mon
 
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "/cache")
-    text = tmp_path / "text.pth"
+    text, cut = tmp_path / "text.pth", tmp_path / "cut.safetensors"
     text.write_text("<html>404</html>")
+    cut.write_bytes(b"404")
     url = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
     command = f"run: curl --create-dirs -Lo /cache/checkpoints/alexnet-owt-7be5be79.pth {url}"
     for net, weights, line in (
         ("alex", None, f"the weights of alex are not on this machine; {command}, or give a file"),
         ("alex", tmp_path / "none.pth", f"no file .*none.pth; give torchvision's weights of alex, or {command}"),
+        ("alex", cut, "cut.safetensors is not a file of weights; give torchvision's weights of alex"),
         ("alex", text, "text.pth is not a file of weights; give torchvision's weights of alex"),
         ("alex", backbones["squeeze"][1], "squeeze.safetensors holds no AlexNet"),
         ("resnet", None, "backbone resnet is unknown; known: alex, vgg, squeeze"),

@@ -43,6 +43,17 @@ def test_kid_of_one_distribution_is_unbiased_and_its_error_is_the_spread():
     assert 0.5 < errors.mean().item() / spread < 2
 
 
+@pytest.mark.parametrize(("m", "shift", "ratio"), [(120, 0.0, 1.4), (120, 0.3, 1.0), (260, 0.3, 1.0)])
+def test_error_of_kid_is_the_spread_where_subsets_are_whole_sets(m: int, shift: float, ratio: float):
+    """All subsets of 120 of 120 are one and the same: what they differ by says nothing.
+
+    Of one distribution the first-order part is 0, and of the second the jackknife sees twice the variance.
+    """
+    found = [kid(normal(120, 6, seed=s) + shift, normal(m, 6, seed=1000 + s), 5, 120) for s in range(40)]
+    values, errors = (torch.tensor(part) for part in zip(*found, strict=True))
+    assert errors.mean().item() == pytest.approx(ratio * values.std().item(), rel=0.3)
+
+
 def direct(x: torch.Tensor, y: torch.Tensor, sigma: float) -> float:
     """The definition, pair by pair."""
 

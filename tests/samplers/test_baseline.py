@@ -16,6 +16,7 @@ from tests.pipelines import (
     tiny_pixart,
     tiny_stable_diffusion,
     tiny_stable_diffusion_3,
+    tiny_wan,
 )
 from tests.pipelines_large import tiny_stable_diffusion_xl
 
@@ -68,6 +69,17 @@ def test_flows(sd3: Any):
     assert solver.sigmas[4].item() == pytest.approx(0.75, abs=5e-3)
     with pytest.raises(UserError, match="scheduler ddim: cannot run on the levels of a flow; allowed: own"):
         scheduler_of(own, "ddim")
+
+
+def test_euler_keeps_the_shift_of_a_flow_that_calls_it_otherwise():
+    """Wan's UniPC and Sana's DPM-Solver++ say flow_shift."""
+    own = tiny_wan(flow_shift=5.0).scheduler
+    euler = scheduler_of(own, "euler")
+    euler.set_timesteps(4)
+    u = torch.linspace(1, 0.001, 4)  # diffusers' own levels, from the first to the last of its table
+    assert euler.config.shift == 5
+    torch.testing.assert_close(euler.sigmas[0].item(), 1.0)
+    assert euler.sigmas[1].item() == pytest.approx((5 * u[1] / (1 + 4 * u[1])).item(), abs=0.02)
 
 
 def test_defaults(sd: Any, sd3: Any):
@@ -134,6 +146,13 @@ def test_an_unconditional_pipeline():
     generators = [torch.Generator().manual_seed(s) for s in (3, 4)]
     want = pipe(2, generators, num_inference_steps=4, output_type="np").images
     assert torch.equal(images, torch.from_numpy(want).permute(0, 3, 1, 2))
+
+
+def test_an_unconditional_pipeline_does_not_scale_as_euler_needs():
+    pipe = tiny_ddpm(clip_sample=False)
+    pipe.scheduler = scheduler_of(pipe.scheduler, "euler")
+    with pytest.raises(UserError, match="EulerDiscreteScheduler: DDPMPipeline does not scale its noise or inputs"):
+        stock_images(pipe, [""], [0], 4)
 
 
 def test_labels_in_place_of_prompts():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of, load
 from fewstep.samplers.plan import generators, plan_of_scheduler, sample, uniform_plan
 from fewstep.samplers.rules import randn
@@ -172,14 +173,36 @@ def test_unet2d_ancestral_is_the_ddpm_pipeline():
     close(denoiser.decode(sample(denoiser, denoiser.encode(["", ""]), uniform_plan(20, rule="sde"), SEEDS)), theirs)
 
 
-def test_unet2d_drops_a_learned_variance():
-    """The first half of the channels is the prediction."""
-    denoiser = denoiser_of(tiny_ddpm(learned_variance=True))
-    x = randn((2, 3, 8, 8), generators(SEEDS))
-    t = torch.tensor([1.0, 0.5])
-    both = denoiser.network(x, torch.tensor([999.0, 499.0])).sample
-    assert both.shape == (2, 6, 8, 8)
-    torch.testing.assert_close(denoiser.predict(x, t, denoiser.encode(["", ""])), both[:, :3])
+def test_unet2d_refuses_a_learned_variance():
+    """Its pipelines hand all channels to schedulers of few steps, which would take them for the noise."""
+    with pytest.raises(
+        UserError, match="DDPMPipeline: its network predicts 6 channels for 3, a variance beside the noise"
+    ):
+        denoiser_of(tiny_ddpm(learned_variance=True))
+
+
+def test_a_unet_may_be_wider_than_tall():
+    """A pair as `sample_size`, as the pipeline takes it."""
+    pipe = tiny_stable_diffusion()
+    pipe.unet.register_to_config(sample_size=(8, 12))
+    pipe = type(pipe)(**pipe.components, requires_safety_checker=False)  # which looks at it when it is made
+    pipe.set_progress_bar_config(disable=True)
+    denoiser = denoiser_of(pipe)
+    assert denoiser.latent_shape() == (4, 8, 12)
+    assert denoiser.latent_shape(height=24) == (4, 12, 12)
+    (image,) = pipe("a cat", num_inference_steps=1, output_type="pt").images
+    assert tuple(image.shape) == (3, *denoiser.pixels())
+
+
+@pytest.mark.parametrize("schedule", ["sigmoid", "laplace"])
+def test_schedules_of_betas_that_only_one_scheduler_knows(schedule: str):
+    from diffusers import DDPMScheduler
+
+    pipe = tiny_ddpm()
+    pipe.scheduler = DDPMScheduler(beta_schedule=schedule)
+    t = pipe.scheduler.timesteps[::100]
+    want = pipe.scheduler.alphas_cumprod[t].sqrt()
+    torch.testing.assert_close(denoiser_of(pipe).noise.alpha((t + 1) / 1000).float(), want)
 
 
 def test_images_are_those_of_the_pipeline():
