@@ -150,6 +150,14 @@ class Evaluation:
         for name in self.names if self.sampled else []:
             if len(self.prompts) < (least := fewest(name)):
                 raise UserError(f"metric {name}: needs {least} images or more; say --num {least} or more")
+        if self.sampled and all(source in self.students for source in self.sampled):
+            drawn = self._needs_teacher()  # by a scheduler and with guidance, but in steps of its own
+            told = {"guidance-scale": self.request.guidance, "scheduler": self.request.scheduler}
+            for option, value in {"timesteps": self.request.timesteps, **({} if drawn else told)}.items():
+                if value is not None:
+                    raise UserError(
+                        f"--{option}: students sample by their own plans, and no pipeline is drawn; leave it out"
+                    )
         if not self.names:
             raise UserError("--metrics: none suits folders of images alone; say e.g. --metrics fid --reference FOLDER")
 

@@ -9,7 +9,7 @@ from fewstep.distill.evaluation import revisions, student_folder
 from fewstep.samplers.errors import UserError, reason
 from fewstep.samplers.hub import is_hub_id
 from fewstep.samplers.load import load, load_student
-from fewstep.samplers.manifest import holds_lora, read_manifest
+from fewstep.samplers.manifest import check_weights, holds_lora, read_manifest
 from fewstep.samplers.student import PEFT, adapter_of, replacing, save_peft, save_student
 
 FORMATS = ("diffusers", "fused", "peft")
@@ -31,6 +31,7 @@ def export(source: str, kind: str, out: Path, revision: str | None = None, varia
     if out.exists() and (not out.is_dir() or any(out.iterdir()) or out.samefile(Path.cwd())):
         raise UserError(f"{out}: exists already; name a new folder")
     manifest = read_manifest(folder)
+    check_weights(folder)
     if manifest.parts is not None and kind != FORMATS[0]:
         raise UserError(
             f"{source}: several students, of which one at a time is exported: {folder / 'student_0'} and on"

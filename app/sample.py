@@ -12,6 +12,7 @@ from fewstep.app.clips import FRAMES_PER_SECOND
 from fewstep.distill import picture
 from fewstep.distill.data import read_prompts
 from fewstep.distill.evaluation import Sampler, Teacher, revisions, student_folder, student_sampler
+from fewstep.distill.sources import valid
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import load_student, resolve
 from fewstep.samplers.manifest import read_manifest
@@ -73,6 +74,9 @@ def sample(
     prompts = prompts + (read_prompts(file) if file else [])
     if not prompts:
         raise UserError("no prompt: say -p PROMPT, or --prompts FILE with one prompt a line")
+    prompts = [valid(prompt, "prompt") for prompt in prompts]
+    if out.is_dir():
+        raise UserError(f"--out {out}: a folder; name a file in it")
     sampler = sampler_of(source, steps, guidance, scheduler, timesteps, revision, variant)
     every = [(p, seed + j) for p in prompts for j in range(n)]
     parts = []
@@ -98,8 +102,5 @@ def grid(images: Tensor, columns: int) -> Image.Image:
 def save_clips(clips: Tensor, columns: int, out: Path, frames_per_second: int = FRAMES_PER_SECOND) -> None:
     """Clips (N, F, 3, H, W) side by side as one animation."""
     first, *rest = [grid(clips[:, f], columns) for f in range(clips.shape[1])]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        first.save(out, save_all=True, append_images=rest, duration=1000 // frames_per_second, loop=0)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+    with picture.replaced(out) as new:
+        first.save(new, save_all=True, append_images=rest, duration=1000 // frames_per_second, loop=0)

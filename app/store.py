@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,10 @@ class Cost(NamedTuple):
     peak: int | None
 
 
+END = b"\0\0\0\0IEND\xaeB`\x82"
+"""The last chunk of every PNG."""
+
+
 class Store:
     """The folder of one row: 000000.png and on, of clips a folder of frames each, and what they cost.
 
@@ -66,15 +71,16 @@ class Store:
             checkpoint.write_text(self.folder / PROMPTS, "\n".join(about.get("prompts", [])) + "\n")
 
     def missing(self, size: int) -> list[list[int]]:
-        """Batches of numbers, always the same ones, of which an image is not there."""
+        """Batches of numbers, always the same ones, of which an image is not there, or cut off."""
         every = [list(range(i, min(i + size, len(self.files)))) for i in range(0, len(self.files), size)]
-        return [batch for batch in every if not all(self.files[i].exists() for i in batch)]
+        return [batch for batch in every if not all(_whole(self.files[i]) for i in batch)]
 
     def add(self, numbers: Sequence[int], images: Tensor, cost: Cost, rank: int = 0) -> None:
         """Write a batch, uint8; an image is there whole or not at all, and one that is there stays."""
         with checkpoint.writing(self.folder, "free some space and run it again; it goes on"):
             for i, image in zip(numbers, images, strict=True):
-                if not self.files[i].exists():
+                if not _whole(self.files[i]):
+                    shutil.rmtree(self.files[i], ignore_errors=True)  # a clip's folder
                     _write(image, self.files[i])
             with (self.folder / f"{COSTS}-{rank}.jsonl").open("a") as file:
                 file.write(json.dumps(cost) + "\n")
@@ -83,9 +89,10 @@ class Store:
         """Of all batches, of earlier runs too; a line that a kill cut off is left out."""
         found = []
         for path in sorted(self.folder.glob(f"{COSTS}-*.jsonl")):
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    found.append(Cost(*json.loads(line)))
+                    images, seconds, rows, peak = json.loads(line)
+                    found.append(Cost(int(images), float(seconds), int(rows), peak and int(peak)))
                 except (ValueError, TypeError):
                     continue
         return found
@@ -117,6 +124,18 @@ def summary(costs: Sequence[Cost], sizes: Sequence[int]) -> tuple[float, list[di
 def plain(name: str) -> str:
     """A name as a file's name."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "row"
+
+
+def _whole(path: Path) -> bool:
+    """Whether a PNG ends as one does, or all of a clip's do."""
+    if path.is_dir():
+        return all(_whole(frame) for frame in path.iterdir())
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(END), os.SEEK_END)
+            return file.read() == END
+    except OSError:  # none, or shorter
+        return False
 
 
 def _write(image: Tensor, path: Path) -> None:

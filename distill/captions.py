@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.distill.data import read_prompts
-from fewstep.distill.sources import read_text
+from fewstep.distill.sources import read_text, valid
 from fewstep.samplers.errors import UserError
 
 COLUMNS = ("caption", "prompt", "text", "caption_1")
@@ -46,7 +46,7 @@ def read_captions(path: str | Path) -> list[str]:
         if not isinstance(image, str | int | float | None):
             raise UserError(f"prompts {path}: the image_id of caption {number} must be a number or a text")
         if image is None or image not in images:
-            found.append(" ".join(caption.split()))
+            found.append(" ".join(valid(caption, f"prompts {path}: caption {number}").split()))
         images.add(image)
     if not found:
         raise UserError(f"prompts {path}: the table holds no caption")
@@ -60,7 +60,7 @@ def _rows(path: Path) -> Iterator[Any]:
             whole = json.loads(text)
             yield from whole.get("annotations", []) if isinstance(whole, dict) else whole
         elif kind == ".jsonl":
-            yield from (json.loads(line) for line in text.splitlines() if line.strip())
+            yield from (json.loads(line) for line in text.split("\n") if line.strip())
         else:
             yield from csv.DictReader(io.StringIO(text), delimiter="\t" if kind == ".tsv" else ",")
     except (ValueError, TypeError, csv.Error) as error:

@@ -118,7 +118,7 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
         where = str(config)
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:  # a date that there is not, text that is not UTF-8
             raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
         except OSError as error:
             raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
@@ -131,8 +131,8 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
             raise ConfigError(f"{item}: an override is key=value")
         try:
             values[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{item}: the value is not YAML") from error
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(f"{item}: the value is not YAML; quote a text, as in {key}='\"2024\"'") from error
     return validate(values, where)
 
 

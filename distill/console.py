@@ -11,6 +11,7 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from errno import EACCES, ELOOP, ENAMETOOLONG, EPERM
 from itertools import zip_longest
 from typing import Any
 
@@ -52,14 +53,23 @@ def _run(action: Callable[[], Any], debug: bool) -> int:
             raise
         if debug:
             traceback.print_exc()
-        for line in str(error).splitlines() or [type(error).__name__]:
+        said = str(error)
+        if isinstance(error, OSError) and error.filename is not None:  # no permission, a name that is too long
+            said = f"{str(error.filename)[:200]}: {error.strerror}"
+        for line in said.splitlines() or [type(error).__name__]:
             print(line, file=sys.stderr)
         return code
     return 0
 
 
 def expected(error: Exception) -> int | None:
-    """Exit code of an error that a user can cause; None for a bug."""
+    """Exit code of an error that a user can cause, of the file system's refusals too; None for a bug."""
+    if (
+        isinstance(error, OSError)
+        and error.filename is not None
+        and error.errno in (EACCES, EPERM, ENAMETOOLONG, ELOOP)
+    ):
+        return 2
     for module, (name, code) in EXPECTED.items():
         kind = getattr(sys.modules.get(module), name, None)  # what was never imported was never raised
         if kind is not None and isinstance(error, kind):

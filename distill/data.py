@@ -274,7 +274,7 @@ def buckets(config: TrainConfig, pixels: tuple[int, int]) -> list[tuple[int, int
 
 def read_prompts(path: str | Path) -> list[str]:
     """Prompts of a text file, one a line, blank lines left out; UserError where there are none."""
-    prompts = [line.strip() for line in read_text(path, "prompts").splitlines() if line.strip()]
+    prompts = [line.strip() for line in read_text(path, "prompts").split("\n") if line.strip()]
     if not prompts:
         raise UserError(f"prompts {path}: the file holds no prompt; one a line is expected")
     return prompts

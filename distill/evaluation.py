@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import statistics
 import sys
 import time
@@ -123,6 +124,8 @@ class Teacher:
             raise UserError(f"steps {steps}: must be at least 1")
         if timesteps is not None and len(timesteps) != steps:
             raise UserError(f"timesteps {','.join(map(str, timesteps))}: {len(timesteps)} of them for {steps} steps")
+        if guidance is not None and not math.isfinite(guidance):
+            raise UserError(f"guidance scale {guidance}: must be a number")
         usual = self.guidance_scale
         scale = 1.0 if usual is None else usual if guidance is None else guidance
         name = scheduler or default_scheduler(self.own)

@@ -15,7 +15,7 @@ from fewstep.distill.eval_config import PREFIX
 from fewstep.distill.evaluation import device, reference_pictures, same_size
 from fewstep.distill.evaluation import figures as of_pictures
 from fewstep.distill.judges import Judges
-from fewstep.distill.metric_names import DRAWINGS, check
+from fewstep.distill.metric_names import DRAWINGS, check, fewest
 from fewstep.distill.prompt_sets import PromptSet, prompt_set
 from fewstep.distill.references import CACHE, read_reference
 from fewstep.distill.seen import Seen, figures, see, see_prompt
@@ -94,6 +94,9 @@ def prompts_of(config: TrainConfig, teacher: Denoiser) -> tuple[PromptSet, Condi
     if getattr(config, "train_text_encoder", False):
         raise ConfigError("config: eval_steps: conditions are encoded once, and train_text_encoder changes them")
     prompts = prompt_set(config.eval_prompts or report.prompt_sources(config)[0], config.eval_num, config.seed)
+    for name in config.eval_metrics or ():
+        if len(prompts) < (least := fewest(name)):
+            raise ConfigError(f"config: eval_num: {name} needs {least} images or more")
     different = list(dict.fromkeys(prompts.prompts))
     place = {prompt: i for i, prompt in enumerate(different)}
     return prompts, cache.conditions(config, teacher, different)[[place[p] for p in prompts.prompts]]

@@ -21,7 +21,7 @@ from fewstep.distill.config import ConfigError, TrainConfig
 from fewstep.distill.data import DataSet
 from fewstep.distill.files import source
 from fewstep.distill.random import generator
-from fewstep.distill.record import refuse_changes
+from fewstep.distill.record import refuse_changes, refuse_foreign
 from fewstep.distill.student_start import starts_of
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.errors import UserError
@@ -158,14 +158,16 @@ def train_parts(config: TrainConfig, parts: int, resume: bool = False, data: Dat
         raise UserError(f"{folder}: holds a run already; --resume continues it, name=OTHER starts another")
     if (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: holds a run of one student; name=OTHER starts another")
-    if (folder / ROUTER).is_file() and (folder / "config.yaml").is_file():
+    if (folder / ROUTER).is_file():
         refuse_changes(folder, config)
+    else:
+        refuse_foreign(folder)
     starts = starts_of(config) if config.student_init is not None else []
     router, lists = _split(config, parts, data, starts)
     with checkpoint.writing(folder, "set output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         router.save(folder / ROUTER)
+        checkpoint.write_text(folder / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     students = []
     for i, part in enumerate(lists):
         own = {"output_dir": str(folder / "parts"), "name": f"part_{i}", "parts": 1, "report_num": None}

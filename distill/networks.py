@@ -15,7 +15,7 @@ from fewstep.distill.distiller import Role
 from fewstep.distill.sharding import is_part
 from fewstep.samplers.adapters import Adapted, adapters_added, bare
 from fewstep.samplers.denoisers.base import Denoiser
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, reason
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -160,12 +160,15 @@ class Networks:
 
 
 def _add_adapter(module: nn.Module, config: Any, name: str) -> None:
-    if hasattr(module, "add_adapter"):
-        cast(Any, module).add_adapter(config, adapter_name=name)
-    else:
-        from peft import inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
-        inject_adapter_in_model(config, module, adapter_name=name)
+    try:
+        if hasattr(module, "add_adapter"):
+            cast(Any, module).add_adapter(config, adapter_name=name)
+        else:
+            inject_adapter_in_model(config, module, adapter_name=name)
+    except ValueError as error:  # peft's, of targets that are not there, is one
+        raise UserError(f"target_modules: {type(module).__name__}: {reason(error)}") from error
 
 
 def require_grad(roles: dict[str, Role], names: Sequence[str]) -> None:

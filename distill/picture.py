@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import struct
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -84,9 +87,25 @@ def cut(picture: Image.Image, n: int, height: int, width: int) -> Tensor:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG; UserError where it cannot be written."""
+    """Write a picture in the form that its name says, whole or not at all; UserError where it cannot be written."""
+    with replaced(path) as new:
+        picture.save(new)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place where the block ends well; what stood there stays otherwise."""
+    new = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except (OSError, ValueError) as error:  # WebP has no pictures wider than 16383 pixels
+        yield new
+        os.replace(new, path)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        struct.error,
+    ) as error:  # formats have widest pictures, each says so otherwise
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        new.unlink(missing_ok=True)

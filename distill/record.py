@@ -8,7 +8,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fewstep.distill.distiller import Distiller
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.manifest import MANIFEST
+from fewstep.samplers.manifest import check_weights, read_manifest
 from fewstep.samplers.plan import sample, uniform_plan
 from fewstep.samplers.router import ROUTER
 
@@ -60,12 +61,48 @@ MAY_CHANGE = {
 
 def refuse_changes(folder: Path, config: TrainConfig) -> dict[str, Any]:
     """The config that a run's folder has; UserError where it differs from this one in what a run cannot change."""
-    then, now = yaml.safe_load((folder / "config.yaml").read_text()), config.model_dump(mode="json")
+    try:
+        then = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        then = None
+    if not isinstance(then, dict):
+        raise UserError(
+            f"{folder / 'config.yaml'}: no longer the config of a run, which is not resumed without; name=OTHER"
+        )
+    now = config.model_dump(mode="json")
     changed = [k for k in now if k not in MAY_CHANGE and then.get(k, now[k]) != now[k]]
     if changed:
         said = ", ".join(f"{k} (was {then.get(k)!r}, now {now[k]!r})" for k in changed)
         raise UserError(f"{folder}: cannot be resumed with other values of {said}")
     return then
+
+
+def refuse_foreign(folder: Path) -> None:
+    """UserError for a folder with files that a run would write over, where no run was begun."""
+    for name in ("config.yaml", "student", "checkpoints", "metrics.jsonl", "report.json"):
+        if (folder / name).exists():
+            raise UserError(f"{folder}: has a {name} that is no run's; say name=OTHER, or another output_dir")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """UserError where another process trains in this folder, made if it is not there. The lock ends with the process."""
+    with checkpoint.writing(folder, "set output_dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+    try:
+        import fcntl
+
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise UserError(f"{folder}: a run is training there; wait for it, or say name=OTHER") from None
+    except (ImportError, OSError):
+        pass  # no such locks on this system
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 def environment() -> dict[str, Any]:
@@ -118,8 +155,10 @@ class Record:
             raise UserError(f"{self.folder}: holds a run already; --resume continues it, name=OTHER starts another")
         if (self.folder / ROUTER).is_file():
             raise UserError(f"{self.folder}: holds a run of several students (parts); name=OTHER starts another")
-        if begun and written.is_file():
+        if begun:
             self._same_rows(refuse_changes(self.folder, self.config), now)
+        elif not (self.folder / "environment.json").is_file():
+            refuse_foreign(self.folder)
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         if self.accelerator.is_main_process:
             found = environment() | {"processes": self.accelerator.num_processes}
@@ -136,7 +175,7 @@ class Record:
         processes = self.accelerator.num_processes
         try:
             before = json.loads((self.folder / "environment.json").read_text()).get("processes", processes)
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             before = processes
         keys = ("train_batch_size", "gradient_accumulation_steps")
         were, are = ([c.get(k, now[k]) for k in keys] + [n] for c, n in ((then, before), (now, processes)))
@@ -150,8 +189,9 @@ class Record:
     def finished(self) -> bool:
         """Whether the last iteration's checkpoint is whole and the student is written from it."""
         try:
-            made = json.loads((self.folder / "student" / MANIFEST).read_text()).get("iteration")
-        except (OSError, ValueError):
+            made = read_manifest(self.folder / "student").iteration
+            check_weights(self.folder / "student")
+        except UserError:
             return False
         # of another iteration where a run that went on longer was stopped before its student was written
         last = self.checkpoints / f"step-{self.config.max_train_steps:06d}"
@@ -208,14 +248,16 @@ class Record:
         """Drop the logged lines after an iteration: they will be written again."""
         path = self.folder / "metrics.jsonl"
         if self.accelerator.is_main_process and path.is_file():
-            kept = []
-            for line in path.read_text().splitlines():
+            kept, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+            for line in lines:
                 try:
                     if json.loads(line)["iteration"] <= iteration:
                         kept.append(line)
-                except json.JSONDecodeError:
+                except (ValueError, KeyError, TypeError):
                     continue  # torn by a kill
             with checkpoint.writing(path, "checkpoints are whole"):
+                if lines and not kept:  # no checkpoint is left of what it tells
+                    path.replace(path.with_suffix(".lost.jsonl"))
                 checkpoint.write_text(path, "".join(line + "\n" for line in kept))
 
     def previews(self, teacher: Denoiser, condition: Condition) -> None:

@@ -201,11 +201,12 @@ def check(config: TrainConfig, step_counts: Sequence[int], teacher: Denoiser) ->
 
 def current(config: TrainConfig) -> bool:
     """Whether a run's report is of the student that is there now, and as large as the config says."""
-    path = config.run_dir / "report.json"
-    if not path.is_file():
+    try:
+        report = json.loads((config.run_dir / "report.json").read_text(encoding="utf-8"))
+        made = report["n"], report["iteration"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
         return False
-    report, student = json.loads(path.read_text(encoding="utf-8")), read_manifest(config.run_dir / "student")
-    return (report["n"], report.get("iteration")) == (config.report_num, student.iteration)
+    return made == (config.report_num, read_manifest(config.run_dir / "student").iteration)
 
 
 def teacher_guidance(config: TrainConfig) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fewstep.distill.methods import distiller, why_not
 from fewstep.distill.networks import Networks
 from fewstep.distill.objectives import regression
 from fewstep.distill.pairs import make_pairs
-from fewstep.distill.record import Record, check_tracker, pixels_shape
+from fewstep.distill.record import Record, check_tracker, locked, pixels_shape
 from fewstep.distill.student_start import said, starts_of, student_start
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
@@ -124,7 +125,8 @@ def train(
         if config.report_num is not None and not (resume and report.current(config)):
             report.report_run(config.run_dir)
         return config.run_dir
-    record, trained = _fit(config, resume, teacher, data)
+    with ExitStack() as held:
+        record, trained = _fit(config, resume, teacher, data, held)
     # from what lies in the folder, once training's networks are out of memory
     due = trained or not report.current(config)
     if config.report_num is not None and due and record.accelerator.is_main_process:
@@ -132,8 +134,10 @@ def train(
     return config.run_dir
 
 
-def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: DataSet | None) -> tuple[Record, bool]:
-    """Train and save the student; False where a resumed run had nothing left to do."""
+def _fit(
+    config: TrainConfig, resume: bool, teacher: Denoiser | None, data: DataSet | None, held: ExitStack
+) -> tuple[Record, bool]:
+    """Train and save the student; False where a resumed run had nothing left to do. `held` has what ends after it."""
     refuse(config)
     backbone = family(class_of(config.teacher, config.revision)) if teacher is None else type(teacher)
     if reason := why_not(config, backbone):
@@ -150,6 +154,8 @@ def _fit(config: TrainConfig, resume: bool, teacher: Denoiser | None, data: Data
         config, accelerator, lambda: bare or networks_alone(config.teacher, config.revision, backbone.network_names)
     )
     record = Record(config, accelerator)
+    if accelerator.is_main_process:
+        held.enter_context(locked(config.run_dir))
     record.open(resume)
     if resume and record.finished():
         record.say(f"{config.run_dir}: nothing left to train")

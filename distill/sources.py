@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import json
+import os
 import re
 import tarfile
 from collections.abc import Callable, Sequence
@@ -37,7 +39,10 @@ class Source:
 def source_of(train_data: str, column: str = "text") -> Source:
     """A folder of images or clips, or of shards, or a shard, or a pattern of shards."""
     path = Path(train_data)
-    if path.is_dir() and not any(path.glob("*.tar")):
+    tars = path.is_dir() and any(path.glob("*.tar"))
+    if tars and any(p.suffix.lower() in SUFFIXES for p in path.iterdir()):
+        raise UserError(f"train_data {path}: has images or clips, and .tar shards; which? name a folder of one kind")
+    if path.is_dir() and not tars:
         return folder(path, column)
     if path.is_dir() or ".tar" in path.name:
         return shards(train_data, column)
@@ -63,7 +68,16 @@ def _captions(value: Any, where: str) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
         raise UserError(f"{where}: must be a caption, or a list of captions; got {str(value)[:60]!r}")
-    return tuple(t.strip() for t in texts)
+    return tuple(valid(t.strip(), where) for t in texts)
+
+
+def valid(text: str, where: str) -> str:
+    """A text that tokenizers take; UserError for one with half a character, which JSON and a terminal can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {text[:60]!a} is no valid Unicode, at character {error.start + 1}") from error
+    return text
 
 
 # a folder
@@ -71,7 +85,9 @@ def _captions(value: Any, where: str) -> tuple[str, ...]:
 
 def folder(root: Path, column: str = "text") -> Source:
     """Images and clips below a folder; captions in a `metadata.jsonl` beside them, or in a `.txt` of the same name."""
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    # unlike Path.rglob this follows linked folders; a link that leads nowhere is refused when it is opened
+    found = map(Path, glob.iglob(os.path.join(glob.escape(str(root)), "**", "*"), recursive=True, include_hidden=True))
+    paths = sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.is_dir())
     if not paths:
         raise UserError(f"train_data {root}: no images or clips there ({', '.join(SUFFIXES)})")
     listed = _metadata(root, column)
@@ -105,7 +121,7 @@ def _metadata(root: Path, column: str) -> dict[Path, tuple[str, ...]]:
     """Captions by file, of every `metadata.jsonl` below a folder: {"file_name": ..., "text": ...} in each line."""
     found = {}
     for path in sorted(root.rglob("metadata.jsonl")):
-        for number, line in enumerate(read_text(path, "captions").splitlines(), 1):
+        for number, line in enumerate(read_text(path, "captions").split("\n"), 1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"

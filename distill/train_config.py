@@ -32,7 +32,7 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     method: str
     name: str = Field("run", description="run folder under output_dir")
     output_dir: str = "runs"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
 
     teacher: str = Field(description="pipeline folder, embedded:NAME, hub id or FILE.safetensors@CONFIG")
     revision: str | None = None

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fewstep.samplers.adapters import bare
@@ -63,6 +64,19 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate(json.loads((folder / MANIFEST).read_text()))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
         raise UserError(f"{folder}: not a student's folder ({type(error).__name__} in {MANIFEST})") from error
+
+
+def check_weights(folder: Path) -> None:
+    """UserError for a student without weights, or with damaged ones: their heads are read, and their sizes compared."""
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: a student without weights; continue its run with --resume")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: damaged; continue its run with --resume, which writes it again") from error
 
 
 def holds_lora(folder: str | Path) -> bool:

@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from fewstep.app.sample import save_clips
+from fewstep.distill import picture
+from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import load, load_student
 from tests.app.conftest import Answer
 
@@ -81,6 +84,25 @@ def test_sample_refuses_in_one_line(fewstep: Command, trained: Path, arguments: 
     answer = fewstep("sample", trained, *arguments)
     assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1)
     assert said in answer.err
+
+
+def test_sample_keeps_the_picture_that_was_there(fewstep: Command, teacher: Path, tmp_path: Path):
+    """Where the new one cannot be written: WebP ends at 16383 pixels. Half a character is no prompt."""
+    out = tmp_path / "w.webp"
+    assert fewstep("sample", teacher, "-p", "a cat", "-n", 1, "--steps", 1, "--out", out).code == 0
+    before = out.read_bytes()
+    picture.save(Image.new("RGB", (16, 16)), tmp_path / "small.webp")
+    with pytest.raises(UserError, match=r"w\.webp: cannot be written \("):
+        picture.save(Image.new("RGB", (17000, 16)), out)
+    for size, name in ((17000, "w.webp"), (70000, "w.gif")):
+        with pytest.raises(UserError, match="cannot be written"):
+            save_clips(torch.zeros(1, 2, 3, 1, size, dtype=torch.uint8), 1, tmp_path / name)
+    assert out.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small.webp", "w.webp"]
+    answer = fewstep("sample", teacher, "-p", "caf\udce9", "--steps", 1, "--out", out)
+    assert (answer.code, answer.err) == (2, "prompt: 'caf\\udce9' is no valid Unicode, at character 4\n")
+    answer = fewstep("sample", "x" * 300, "-p", "a cat")
+    assert (answer.code, answer.err) == (2, f"{'x' * 200}: File name too long\n")
 
 
 def test_sample_refuses_an_unknown_scheduler(fewstep: Command, teacher: Path):

@@ -112,6 +112,16 @@ def test_a_folder_whose_prompts_are_not_whole_is_told(setting: Setting, tmp_path
     assert any("clip: needs prompts" in note for note in report["notes"])
 
 
+@pytest.mark.parametrize("option", [["--scheduler", "ddim"], ["--guidance-scale", "3"], ["--timesteps", "5"]])
+def test_options_of_pipelines_are_refused_for_students(
+    setting: Setting, trained: Path, tmp_path: Path, option: list[str]
+):
+    words = ("evaluate", trained, "--steps", "2", "-n", "4", "--prompts", setting.prompts, "--out", tmp_path / "r.json")
+    answer = run(*words, "--metrics", "pixel_distance", *option)
+    assert (answer.code, len(answer.err.splitlines())) == (2, 1)
+    assert f"{option[0]}: students sample by their own plans" in answer.err
+
+
 def test_a_folder_of_several_sizes(setting: Setting, tmp_path: Path):
     """Scores and the page are had of it; what is compared pixel by pixel is not, and a report names no prompts or seeds."""
     folder = tmp_path / "mixed"

@@ -48,12 +48,25 @@ def test_missing_batches_are_the_ones_of_a_whole_run(tmp_path: Path):
     assert len(Store(tmp_path, Path("a"), {"other": 1}, 10).missing(4)) == 3
 
 
+@pytest.mark.parametrize("clips", [False, True])
+def test_an_image_that_was_cut_off_is_drawn_again(tmp_path: Path, clips: bool):
+    store = Store(tmp_path, Path("a"), {}, 3, clips)
+    images = torch.randint(256, (3, 2, 3, 8, 8) if clips else (3, 3, 8, 8), dtype=torch.uint8)
+    store.add(range(3), images, Cost(3, 1.0, 3, None))
+    assert not store.missing(1)
+    file = store.files[1] / "001.png" if clips else store.files[1]
+    file.write_bytes(file.read_bytes()[:-7])
+    assert store.missing(1) == [[1]]
+    store.add([1], images[1:2], Cost(1, 1.0, 1, None))
+    assert torch.equal(read(store.files, clips), images)
+
+
 def test_a_line_of_costs_that_was_cut_off_is_left_out(tmp_path: Path):
     store = Store(tmp_path, Path("a"), {}, 2)
     image = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     store.add([0], image, Cost(1, 0.5, 3, 100), rank=1)
     with (store.folder / f"{COSTS}-1.jsonl").open("a") as file:
-        file.write("[1, 0.")
+        file.write('["a", "b", "c", null]\n[1, 0.')
     assert store.costs() == [Cost(1, 0.5, 3, 100)]
 
 

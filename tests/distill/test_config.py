@@ -88,15 +88,18 @@ def test_overrides_are_yaml_values(tmp_path: Path):
     path = tmp_path / "lcm.yaml"
     path.write_text(yaml.safe_dump(GOOD))
     config = load_config(
-        path, ["learning_rate=1e-4", "steps=[1, 2]", "lora_alpha=null", "prompts=a=b.txt", "max_train_steps=7"]
+        path, ["learning_rate=1e-4", "steps=[1, 2]", "lora_alpha=null", "caption_column=a=b", "max_train_steps=7"]
     )
     assert isinstance(config, LCMConfig)
     assert (config.learning_rate, config.steps, config.max_train_steps) == (1e-4, [1, 2], 7)
-    assert (config.lora_alpha, config.prompts) == (None, "a=b.txt")
+    assert (config.lora_alpha, config.caption_column) == (None, "a=b")
     assert config.name == "lcm"  # of the file
     assert mistakes(path, "steps") == ["steps: an override is key=value"]
     assert mistakes(path, "=3") == ["=3: an override is key=value"]
-    assert mistakes(path, "steps=[1") == ["steps=[1: the value is not YAML"]
+    assert mistakes(path, "steps=[1") == ["steps=[1: the value is not YAML; quote a text, as in steps='\"2024\"'"]
+    assert mistakes(path, "name=2024-13-01") == [
+        "name=2024-13-01: the value is not YAML; quote a text, as in name='\"2024\"'"
+    ]
 
 
 def test_no_precision_needs_no_quotes():

@@ -31,7 +31,7 @@ GAN = {"gan_weight": 0.01, "discriminator_weight": 0.01, "gan_warmup_steps": 0, 
 METHODS: dict[str, dict[str, Any]] = {
     "pretrain": {"prompt_dropout": 0.5},
     "lcm": {"guidance_scale": 3.0},
-    "dmd2": {"guidance_scale": 3.0, "steps": [2], "prompts": "in memory", **GAN},
+    "dmd2": {"guidance_scale": 3.0, "steps": [2], **GAN},
 }
 
 

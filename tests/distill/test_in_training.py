@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fewstep.distill.config import ConfigError, validate
@@ -66,8 +67,10 @@ def test_a_run_ends_after_figures_that_are_no_better(tmp_path: Path):
     assert again.iteration == 4
     assert not again.record.finished()
     (tmp_path / "run" / "student").mkdir()
+    save_file({"w": torch.zeros(1)}, tmp_path / "run" / "student" / "w.safetensors")
+    said = {"base": "b", "pipeline": "P", "fingerprint": "f", "method": "dmd2", "kind": "full", "plans": {}}
     for made, finished in ((3, False), (4, True)):
-        (tmp_path / "run" / "student" / "fewstep.json").write_text(json.dumps({"iteration": made}))
+        (tmp_path / "run" / "student" / "fewstep.json").write_text(json.dumps(said | {"iteration": made}))
         assert again.record.finished() is finished
     for changed in ({"early_stopping_patience": None}, {"early_stopping_patience": 3}):
         longer = scripted(tmp_path, Scripted({"student": square}), resume=True, **changes | changed)

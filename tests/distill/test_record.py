@@ -13,7 +13,7 @@ from accelerate.utils import LoggerType
 from torch import Tensor
 
 from fewstep.distill.config import TrainConfig
-from fewstep.distill.record import MAY_CHANGE, check_tracker
+from fewstep.distill.record import MAY_CHANGE, check_tracker, locked
 from fewstep.distill.regression_config import RegressionConfig
 from fewstep.samplers.errors import UserError
 from tests.distill.runs import Scripted, bad, metrics, scripted, square
@@ -78,6 +78,8 @@ def test_resume_without_a_whole_checkpoint_starts_anew(tmp_path: Path, capsys: p
     said = capsys.readouterr().err
     assert "step-000002: incomplete (FileNotFoundError); passed over" in said
     assert f"no whole checkpoint in {tmp_path / 'run/checkpoints'}: starting at iteration 0" in said
+    lost = (tmp_path / "run/metrics.lost.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lost[:-1]] == [1, 2, 3]  # what it told is kept
     assert resumed.weights["student"].equal(straight.weights["student"])
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight/run")
 
@@ -93,6 +95,41 @@ def test_a_run_is_not_started_over_another(tmp_path: Path):
     longer.run()
     assert [line["iteration"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 8]
     assert RegressionConfig.model_fields.keys() | TrainConfig.model_fields.keys() >= MAY_CHANGE
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "student/photo.txt", "report.json"])
+def test_what_no_run_wrote_is_left_alone(tmp_path: Path, name: str):
+    """A user's own files in a folder of the run's name, CONFIG itself among them."""
+    own = tmp_path / "run" / name
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    with pytest.raises(
+        UserError, match=rf"run: has a {name.split('/')[0]} that is no run's; say name=OTHER, or another"
+    ):
+        scripted(tmp_path, Scripted({"student": square}))
+    assert own.read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", [None, "", "a: [1", "- a", "\xff\xfe"])
+def test_a_run_without_its_config_is_not_resumed(tmp_path: Path, text: str | None):
+    """Nor is another written in its place, which would be taken for what it was trained with."""
+    scripted(tmp_path, Scripted({"student": square})).run()
+    config = tmp_path / "run/config.yaml"
+    config.unlink() if text is None else config.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"config\.yaml: no longer the config of a run"):
+        scripted(tmp_path, Scripted({"student": square}), resume=True, seed=1)
+    assert (config.read_bytes() if config.exists() else None) == (None if text is None else text.encode("latin-1"))
+
+
+def test_one_run_at_a_time_trains_in_a_folder(tmp_path: Path):
+    with locked(tmp_path / "run"):
+        second = locked(tmp_path / "run")
+        with pytest.raises(UserError, match=r"run: a run is training there; wait for it, or say name=OTHER"):
+            second.__enter__()
+        with locked(tmp_path / "other"):
+            pass
+    with locked(tmp_path / "run"):
+        pass
 
 
 def test_an_iteration_keeps_its_rows(tmp_path: Path):

@@ -328,7 +328,12 @@ def test_frames_of_clips_are_images(weights: Path):
 
 def test_missing_weights_are_refused_before_anything_loads(tmp_path: Path):
     """In one line, with the key; not where no image is compared."""
-    asked = {"method": "dmd", "prompts": "embedded:emoji", "lpips_weights": str(tmp_path / "none.pth")}
+    asked = {
+        "method": "dmd",
+        "train_data": None,
+        "prompts": "embedded:emoji",
+        "lpips_weights": str(tmp_path / "none.pth"),
+    }
     with pytest.raises(UserError, match=r"lpips: no file .*none.pth; .*\(here: lpips_weights=FILE\)") as caught:
         refuse(config(tmp_path, **asked))
     assert "\n" not in str(caught.value)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fewstep.distill.pictures import Unusable
 from fewstep.distill.sources import Source, dataset, folder, shard_paths, source_of
 from fewstep.samplers.errors import UserError
 from tests.distill.runs import write_images
@@ -155,6 +156,33 @@ def test_a_shard_that_cannot_be_read(tmp_path: Path):
             shard_paths(pattern)
     with pytest.raises(UserError, match="no such folder"):
         source_of(str(tmp_path / "none"))
+
+
+def test_links_are_followed_and_none_is_left_out(tmp_path: Path):
+    """A linked folder's images, a hidden file; a link that leads nowhere is refused where it is read."""
+    write_images(tmp_path / "far", 2)
+    home = write_images(tmp_path / "near", 1)
+    (home / "linked").symlink_to(tmp_path / "far")
+    assert len(folder(home).names) == 3
+    (home / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (home / "gone.txt").write_text("a")
+    found = folder(home)
+    with pytest.raises(Unusable, match=r"gone\.png: cannot be read"):
+        found.read([Path(name).name for name in found.names].index("gone.png"))
+    write_shard(home / "old.tar", {"0.png": b"x", "0.txt": b"a"})
+    with pytest.raises(UserError, match=r"near: has images or clips, and \.tar shards; which\?"):
+        source_of(str(home))
+
+
+def test_half_a_character_is_refused(tmp_path: Path):
+    """A caption cut inside an emoji; a separator of Unicode ends no line."""
+    home = write_images(tmp_path, 1)
+    (name,) = (p.name for p in home.glob("*.png"))
+    (home / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a\u2028b"}, ensure_ascii=False))
+    assert folder(home).texts == [("a\u2028b",)]
+    (home / "metadata.jsonl").write_text(json.dumps({"file_name": name, "text": "a \ud83d"}))
+    with pytest.raises(UserError, match=r"metadata.jsonl, line 1: 'a \\ud83d' is no valid Unicode, at character 3"):
+        folder(home)
 
 
 @dataclass

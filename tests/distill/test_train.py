@@ -140,6 +140,27 @@ def test_a_longer_run_that_was_stopped_before_its_student_writes_it(
     assert all(torch.equal(states[0][k], v) for k, v in states[1].items())
 
 
+@pytest.mark.parametrize("damage", ["student", "report"])
+def test_what_was_damaged_after_a_run_is_written_again(settings: Callable[..., Any], tmp_path: Path, damage: str):
+    """The weights of its student, cut off; its report, empty."""
+    tiny_stable_diffusion(tmp_path / "base")
+    told = settings(teacher=str(tmp_path / "base"), report_num=2, report_teacher_steps=[1])
+    folder = train(told)
+    file = folder / {"student": "student/pytorch_lora_weights.safetensors", "report": "report.json"}[damage]
+    before = file.read_bytes()
+    file.write_bytes(before[: len(before) // 2] if damage == "student" else b"")
+    train(told, resume=True)
+    if damage == "student":
+        assert file.read_bytes() == before
+    else:
+        assert json.loads(file.read_text())["n"] == 2
+
+
+def test_targets_that_are_not_there_are_one_line(settings: Callable[..., Any]):
+    with pytest.raises(UserError, match="target_modules: UNet2DConditionModel: "):
+        train(settings(student="lora", target_modules=["nosuch"]), teacher=teacher())
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
