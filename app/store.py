@@ -129,7 +129,7 @@ def plain(name: str) -> str:
 def _whole(path: Path) -> bool:
     """Whether a PNG ends as one does, or all of a clip's do."""
     if path.is_dir():
-        return all(_whole(frame) for frame in path.iterdir())
+        return bool(frames := list(path.iterdir())) and all(map(_whole, frames))
     try:
         with path.open("rb") as file:
             file.seek(-len(END), os.SEEK_END)

@@ -15,15 +15,23 @@ def is_hub_id(source: str) -> bool:
     return len(parts) == 2 and all(parts) and not source.startswith((".", "~"))
 
 
+unreachable: set[str] = set()
+"""Repositories for which the hub did not answer, which takes half a minute of retries: they are asked for once."""
+
+
 @cache
 def student_of(source: str) -> str | None:
     """The folder of a repository that holds a student, fetched whole into the hub cache; None for any other source."""
     if not is_hub_id(source) or Path(source).exists():
         return None
     from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         hf_hub_download(source, MANIFEST)
+    except LocalEntryNotFoundError:
+        unreachable.add(source)
+        return None
     except (OSError, ValueError):  # no repository, none that answers, or a pipeline's: whoever reads it next says so
         return None
     try:
@@ -46,7 +54,7 @@ def index_from_hub(source: str, revision: str | None) -> str:
 
     at = "" if revision is None else f" at revision {revision}"
     try:
-        return hf_hub_download(source, "model_index.json", revision=revision)
+        return hf_hub_download(source, "model_index.json", revision=revision, local_files_only=source in unreachable)
     except HFValidationError as error:
         raise UserError(f"{source}: no such folder, and not a hub id") from error
     except GatedRepoError as error:
