@@ -112,7 +112,7 @@ def test_a_folder_whose_prompts_are_not_whole_is_told(setting: Setting, tmp_path
     assert any("clip: needs prompts" in note for note in report["notes"])
 
 
-@pytest.mark.parametrize("option", [["--scheduler", "ddim"], ["--guidance-scale", "3"], ["--timesteps", "5"]])
+@pytest.mark.parametrize("option", [["--scheduler", "ddim"], ["--guidance-scale", "3"], ["--timesteps", "9,5"]])
 def test_options_of_pipelines_are_refused_for_students(
     setting: Setting, trained: Path, tmp_path: Path, option: list[str]
 ):
