@@ -24,6 +24,7 @@ from fewstep.distill.data import DataSet, refuse_unusable
 from fewstep.distill.pictures import Unusable
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
 
 CACHE = "~/.cache/fewstep"
 CACHE_FORMAT = 2
@@ -94,6 +95,17 @@ def whole(path: Path) -> bool:
         return False
 
 
+def sound(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file; UserError where some are not finite, which a loss would be blamed for."""
+    for tensor in tensors.values():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"{path}: holds numbers that are not finite; delete it, and it is made again (if it comes out the same, "
+                "the encoder makes them: try it in float32)"
+            )
+    return tensors
+
+
 class Rows:
     """Rows of tensors in files.
 
@@ -108,7 +120,7 @@ class Rows:
 
         self.paths, self.file_of, self.row_of = list(paths), file_of, row_of
         small = sum(p.stat().st_size for p in self.paths) <= IN_MEMORY
-        self.held = [load_file(p) for p in self.paths] if small else None
+        self.held = [sound(p, load_file(p)) for p in self.paths] if small else None
 
     def __len__(self) -> int:
         return len(self.file_of)
@@ -124,7 +136,8 @@ class Rows:
         from safetensors import safe_open
 
         with safe_open(self.paths[file], "pt") as opened:  # what was mapped is let go with it
-            return {k: opened.get_slice(k)[row : row + 1][0].clone() for k in opened.keys()}  # noqa: SIM118
+            found = {k: opened.get_slice(k)[row : row + 1][0].clone() for k in opened.keys()}  # noqa: SIM118
+        return sound(self.paths[file], found)
 
 
 class StoredConditions:
@@ -159,7 +172,7 @@ def conditions(config: TrainConfig, denoiser: Denoiser, captions: Sequence[str])
             write(paths[-1], part.tensors)
     from safetensors.torch import load_file
 
-    n, unsaid = np.arange(len(captions)), load_file(last)
+    n, unsaid = np.arange(len(captions)), sound(last, load_file(last))
     rows = Rows(paths, n // CHUNK, n % CHUNK)
     if rows.held is None:
         return StoredConditions(rows, unsaid)

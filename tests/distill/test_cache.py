@@ -148,6 +148,32 @@ def test_a_torn_cache_is_computed_again(
     assert cache.latents(settings, denoiser, images)[range(3)].equal(expected)
 
 
+@pytest.mark.parametrize("limit", [cache.IN_MEMORY, 0])
+@pytest.mark.parametrize("kind", ["latents", "text", "negative"])
+def test_numbers_that_are_not_finite_are_blamed_on_their_file(
+    tmp_path: Path, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch, kind: str, limit: int
+):
+    """A bad disk's, in memory or read row by row; without the file they are made again."""
+    monkeypatch.setattr(cache, "IN_MEMORY", limit)
+    settings, data = config(tmp_path), Images(folder(write_images(tmp_path / "images", 3)), [(16, 16)])
+
+    def made() -> None:
+        cache.latents(settings, denoiser, data)[[0, 1, 2]]
+        cache.conditions(settings, denoiser, data.captions)[[0, 1, 2]]
+
+    made()
+    (file,) = (tmp_path / "cache").glob(f"{kind}-*")
+    with file.open("r+b") as damaged:
+        damaged.seek(-64, 2)
+        damaged.write(b"\xff" * 64)
+    with pytest.raises(
+        UserError, match=rf"{kind}-.*: holds numbers that are not finite; delete it, and it is made again"
+    ):
+        made()
+    file.unlink()
+    made()
+
+
 def test_a_cache_that_cannot_be_written(tmp_path: Path, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch):
     """One line that says what to set; no half of a file."""
     blocked = tmp_path / "file"
