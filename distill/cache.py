@@ -136,7 +136,7 @@ class Rows:
         from safetensors import safe_open
 
         with safe_open(self.paths[file], "pt") as opened:  # what was mapped is let go with it
-            found = {k: opened.get_slice(k)[row : row + 1][0].clone() for k in opened.keys()}  # noqa: SIM118
+            found = {k: opened.get_slice(k)[row : row + 1][0].clone() for k in opened.keys()}  # noqa: SIM118  no mapping
         return sound(self.paths[file], found)
 
 

@@ -184,7 +184,8 @@ def _split(config: TrainConfig, parts: int, data: DataSet | None, starts: Sequen
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
     if len(teacher.networks) > 1:
         raise ConfigError("config: parts: not for a teacher of two networks, which levels are split between")
-    report.check(config, run.methods_distiller(config, run.networks_of(config, teacher)).step_counts, teacher)
+    if config.report_num is not None:
+        report.check(config, run.methods_distiller(config, run.networks_of(config, teacher)).step_counts, teacher)
     if data is None:
         pixels, frames = teacher.pixels(config.height, config.width), teacher.frames(config.num_frames)
         data = data_sets.data_set(config, pixels, frames, source(config, teacher.clips))

@@ -105,7 +105,7 @@ def replaced(path: Path) -> Iterator[Path]:
         ValueError,
         RuntimeError,
         struct.error,
-    ) as error:  # formats have widest pictures, each says so otherwise
+    ) as error:  # each format refuses wide pictures in its own way
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     finally:
         new.unlink(missing_ok=True)

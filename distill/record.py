@@ -91,15 +91,14 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         held = os.open(folder, os.O_RDONLY)
     try:
-        import fcntl
+        try:
+            import fcntl
 
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        raise UserError(f"{folder}: a run is training there; wait for it, or say name=OTHER") from None
-    except (ImportError, OSError):
-        pass  # no such locks on this system
-    try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: a run is training there; wait for it, or say name=OTHER") from None
+        except (ImportError, OSError):
+            pass  # no such locks on this system
         yield
     finally:
         os.close(held)

@@ -319,9 +319,20 @@ class Denoiser(ABC):
         raise UserError(f"{type(self.pipeline).__name__}: its network cannot be given a guidance input")
 
 
-def pipeline_size(height: int | None, width: int | None, default: int, multiple: int) -> tuple[int, int]:
-    """Height and width in pixels, checked against the family's granularity."""
-    height, width = height or default, width or default
+def pipeline_size(
+    height: int | None, width: int | None, default: int | Sequence[int], multiple: int, factor: int = 1
+) -> tuple[int, int]:
+    """Height and width in pixels, checked against the family's granularity.
+
+    Args:
+        height: as asked for, or None.
+        width: the same.
+        default: the pipeline's own, of a square one side or both.
+        multiple: of both.
+        factor: pixels of a unit of `default`.
+    """
+    tall, wide = (default, default) if isinstance(default, int) else default
+    height, width = height or tall * factor, width or wide * factor
     if height % multiple or width % multiple:
         raise UserError(f"size {height}x{width}: both must be divisible by {multiple}")
     return height, width

@@ -84,7 +84,5 @@ class StableDiffusion(Denoiser):
         self, height: int | None = None, width: int | None = None, frames: int | None = None
     ) -> tuple[int, ...]:
         config, factor = self.network.config, self.pipeline.vae_scale_factor
-        size = config.sample_size
-        tall, wide = (size, size) if isinstance(size, int) else size
-        height, width = pipeline_size(height or tall * factor, width or wide * factor, tall * factor, factor)
+        height, width = pipeline_size(height, width, config.sample_size, factor, factor)
         return config.in_channels, height // factor, width // factor

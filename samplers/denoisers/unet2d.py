@@ -67,8 +67,8 @@ class UNet2D(Denoiser):
 
     @staticmethod
     def call_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:
-        name = type(pipeline.scheduler).__name__
         if type(pipeline).__name__ == "DDPMPipeline" and pipeline.scheduler.init_noise_sigma > 1:
+            name = type(pipeline.scheduler).__name__
             raise UserError(f"scheduler {name}: DDPMPipeline does not scale its noise or inputs, as this one needs")
         classes = pipeline.unet.config.num_class_embeds
         labels = {"class_labels": class_ids(prompts, classes, {})} if classes else {}
@@ -81,10 +81,8 @@ class UNet2D(Denoiser):
         self, height: int | None = None, width: int | None = None, frames: int | None = None
     ) -> tuple[int, ...]:
         config = self.network.config
-        size = config.sample_size
-        default_height, default_width = (size, size) if isinstance(size, int) else size
         multiple = 2 ** (len(config.block_out_channels) - 1)
-        height, width = pipeline_size(height or default_height, width or default_width, default_height, multiple)
+        height, width = pipeline_size(height, width, config.sample_size, multiple)
         return config.in_channels, height, width
 
     def to_latents(self, images: Tensor) -> Tensor:

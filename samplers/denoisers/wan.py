@@ -81,7 +81,7 @@ class Wan(Denoiser):
     ) -> tuple[int, ...]:
         p, config, frames = self.pipeline, self.network.config, frames or FRAMES
         factor, stride = p.vae_scale_factor_spatial, p.vae_scale_factor_temporal
-        height, width = pipeline_size(height or HEIGHT, width or WIDTH, HEIGHT, factor * config.patch_size[1])
+        height, width = pipeline_size(height, width, (HEIGHT, WIDTH), factor * config.patch_size[1])
         if (frames - 1) % stride:
             raise UserError(f"{frames} frames: must be 1 more than a multiple of {stride}, e.g. {stride * 4 + 1}")
         return config.in_channels, (frames - 1) // stride + 1, height // factor, width // factor

@@ -27,7 +27,7 @@ from fewstep.samplers.adapters import bare
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import denoiser_of
 from tests.distill.runs import config
-from tests.distill.two_processes import SAME, outcome, threads
+from tests.distill.two_processes import SAME, outcome
 from tests.pipelines import tiny_stable_diffusion, tiny_wan
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -160,9 +160,8 @@ def main(folder: Path) -> None:
     Batches.__call__ = spoilt  # type: ignore[method-assign]
     bad = settings(folder, "bad", "lcm-full", 2, gradient_accumulation_steps=1)
     found["non-finite"] = outcome(lambda: train(bad, teacher=denoiser_of(tiny_stable_diffusion())))
-    accelerator.end_training()
-    found["threads"] = threads()
     Path(f"{folder}-{rank}.json").write_text(json.dumps(found))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

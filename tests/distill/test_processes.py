@@ -29,7 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, li
     two = subprocess.Popen(
         [sys.executable, *command, "-m", "tests.distill.two_processes", str(folder)],
         cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

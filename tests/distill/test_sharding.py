@@ -27,7 +27,7 @@ from tests.distill.runs import config, metrics, write_images
 from tests.distill.sharded_processes import RUNS, looked_at, settings
 from tests.pipelines import tiny_stable_diffusion
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
+ENV = os.environ | {"ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false"}
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]  # test_processes.py has torchrun
 JOB = {"method": "swiftbrush", "name": "job", "sharding_strategy": "full_shard", "rank": 2, "preflight": False}
 JOB |= {
