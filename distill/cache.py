@@ -79,6 +79,7 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+            checkpoint.sync(temporary)  # a machine that fails may leave a file of the right length with nothing in it
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

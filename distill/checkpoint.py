@@ -52,7 +52,8 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Until a file, or a folder's list of them, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -81,7 +82,7 @@ def save(folder: Path, iteration: int, tensors: Mapping[str, Mapping[str, Tensor
             raise
         shutil.rmtree(final, ignore_errors=True)  # torn: training would have gone on from a whole one
         os.replace(partial, final)
-        _sync(folder)
+        sync(folder)
     return final
 
 
@@ -102,8 +103,8 @@ def _write(partial: Path, iteration: int, tensors: Mapping[str, Mapping[str, Ten
     hashes = {p.name: _digest(p) for p in sorted(partial.iterdir())}
     (partial / "manifest.json").write_text(json.dumps(hashes))
     for name in (*hashes, "manifest.json"):
-        _sync(partial / name)
-    _sync(partial)
+        sync(partial / name)
+    sync(partial)
 
 
 def fault(checkpoint: Path) -> str | None:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"is no valid Unicode, at character {error.start + 1}") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+"""What tokenizers take: YAML, as JSON, can hold half a character."""
 
 
 class DataConfig(BaseModel, frozen=True):
@@ -26,7 +38,7 @@ class DataConfig(BaseModel, frozen=True):
     prompts: str | None = Field(
         None, description="instead of images or clips with captions: a text file, one prompt a line, or embedded:NAME"
     )
-    negative_prompt: str = ""
+    negative_prompt: Text = ""
     num_samples: int = Field(8000, ge=1, description="size of an embedded data set")
     resolution: int | None = Field(None, ge=8, description="height and width at once; with buckets their area's root")
     height: int | None = Field(None, ge=8, validate_default=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
-from fewstep.distill.data_config import DataConfig
+from fewstep.distill.data_config import DataConfig, Text
 from fewstep.distill.eval_config import PREFIX, EvalConfig
 
 
@@ -89,7 +89,7 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     checkpointing_steps: int = Field(500, ge=1)
     checkpoints_total_limit: int = Field(2, ge=1)
     validation_steps: int | None = Field(None, ge=1, description="previews; default: only at the end")
-    validation_prompts: list[str] | None = None
+    validation_prompts: list[Text] | None = None
     validation_guidance_scale: float | None = Field(None, description="of the teacher in previews and report")
     report_to: str | None = Field(None, description="an accelerate tracker: tensorboard, wandb, ...")
     report_num: int | None = Field(None, ge=2, description="samples per row of the final report; none: no report")

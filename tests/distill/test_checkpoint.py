@@ -108,7 +108,7 @@ def failing(number: int, error: Callable[[], Exception]) -> tuple[Callable[..., 
 
 def wrap_writes(monkeypatch: pytest.MonkeyPatch, wrap: Callable[..., Any]) -> None:
     monkeypatch.setattr(checkpoint, "save_file", wrap(checkpoint.save_file))
-    monkeypatch.setattr(checkpoint, "_sync", wrap(checkpoint._sync))
+    monkeypatch.setattr(checkpoint, "sync", wrap(checkpoint.sync))
     monkeypatch.setattr(os, "replace", wrap(os.replace))
     monkeypatch.setattr(Path, "write_text", wrap(Path.write_text))
     monkeypatch.setattr(Path, "mkdir", wrap(Path.mkdir))

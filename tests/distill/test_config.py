@@ -45,6 +45,10 @@ def mistakes(values: object, *overrides: str) -> list[str]:
             "student's own denoiser; sid takes two",
         ),
         (
+            {"validation_prompts": ["a", "b \ud83d"]},
+            "config: validation_prompts.1: is no valid Unicode, at character 3; got 'b \\ud83d'",
+        ),
+        (
             {"max_train_steps": "many"},
             "config: max_train_steps: Input should be a valid integer, unable to parse string as an integer; got 'many'",
         ),
