@@ -9,6 +9,7 @@ import ctypes
 import importlib
 import platform
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -43,6 +44,14 @@ def keep_freed_memory(device: torch.device) -> bool:
         return False
     libc = ctypes.CDLL(None)
     return all(libc.mallopt(name, value) for name, value in KEPT.items())
+
+
+def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Mixed precision for forwards; accelerate's own takes the environment apart on each call."""
+    if mixed_precision not in LOWER:
+        return nullcontext()
+    # no cache: before torch 2.10 a cast made without graph (a student's sample) was used again without gradients
+    return torch.autocast(device.type, LOWER[mixed_precision], cache_enabled=False)
 
 
 def refuse(config: TrainConfig) -> None:

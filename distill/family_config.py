@@ -206,6 +206,10 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
     @model_validator(mode="after")
     def _pairs_of_steps(self) -> DistributionMatchingConfig:
         if not self.regression_weight:
+            if self.regression_warmup_steps:
+                raise ValueError(
+                    f"regression_warmup_steps {self.regression_warmup_steps}: there are no pairs; set regression_weight"
+                )
             return self
         if self.policy == "trajectory":
             if self.decodes:

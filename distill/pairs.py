@@ -1,7 +1,7 @@
 """Pairs (z, x): noise, and where the teacher's own many steps take it. Made before a training, and kept on disk.
 
-Runs share them: they depend on teacher, prompts and `pair_*` keys, not on the seed of a run. Nor are their noises those
-of seeds that people, reports and previews sample with.
+Runs share them: they depend on teacher, prompts, precision and `pair_*` keys, not on the seed of a run. Nor are their
+noises those of seeds that people, reports and previews sample with.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from fewstep.distill import cache
 from fewstep.distill.cache import Rows, StoredConditions
 from fewstep.distill.data import DataSet
+from fewstep.distill.efficiency import LOWER, autocast
 from fewstep.distill.family_config import DistributionMatchingConfig
 from fewstep.distill.objectives.levels import ends, even_levels, start_scale
 from fewstep.distill.random import generator
@@ -94,6 +95,7 @@ def make_pairs(
         plan.model_dump(),
         _levels(teacher, plan),
         *([kept] if kept else []),
+        *([config.mixed_precision] if config.mixed_precision in LOWER else []),
     ]
     chunks = [range(i, min(i + cache.CHUNK, len(seeds))) for i in range(0, len(seeds), cache.CHUNK)]
     paths = [
@@ -110,7 +112,8 @@ def make_pairs(
             group = missing[i : i + at_once]
             rows = [row for number in group for row in chunks[number]]
             told = condition[[captions[i] for i in rows]]
-            made = _pairs(teacher, told, plan, [seeds[i] for i in rows], shape, config.train_batch_size, kept)
+            with autocast(config.mixed_precision, teacher.device):
+                made = _pairs(teacher, told, plan, [seeds[i] for i in rows], shape, config.train_batch_size, kept)
             parts = {k: v.split([len(chunks[number]) for number in group]) for k, v in made.items()}
             for place, number in enumerate(group):
                 cache.write(paths[number], {k: v[place] for k, v in parts.items()})

@@ -33,6 +33,10 @@ class DisBackConfig(DistributionMatchingConfig, frozen=True):
     def _path(self) -> DisBackConfig:
         if self.nodes == 0:
             return self
+        if self.regression_warmup_steps:
+            raise ValueError(
+                f"nodes {self.nodes}: not with regression_warmup_steps: the path is recorded from the run's beginning"
+            )
         if self.policy == "phases":
             raise ValueError(
                 f"nodes {self.nodes}: not with policy phases: a path is of one network, each phase has its own"

@@ -17,7 +17,6 @@ from fewstep.distill.alarm import CollapseAlarm, SampleAlarm
 from fewstep.distill.batches import Batches
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Distiller, Losses, Role
-from fewstep.distill.efficiency import LOWER
 from fewstep.distill.eval_config import PREFIX
 from fewstep.distill.interrupt import Interrupted, Signals
 from fewstep.distill.networks import average_gradients, mean, require_grad, swapped, update_average
@@ -125,12 +124,7 @@ class Trainer:
         return sdpa_kernel(SDPBackend.MATH) if self.accelerator.device.type == "cpu" else nullcontext()
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision for a forward; accelerate's own takes the environment apart on each call."""
-        if self.accelerator.mixed_precision not in LOWER:
-            return nullcontext()
-        # no cache: before torch 2.10 a cast made without graph (a student's sample) was used again without gradients
-        lower = LOWER[self.accelerator.mixed_precision]
-        return torch.autocast(self.accelerator.device.type, lower, cache_enabled=False)
+        return efficiency.autocast(self.accelerator.mixed_precision, self.accelerator.device)
 
     def _losses(self, name: str, batch: Any, draws: Any, i: int) -> Iterator[Losses]:
         """The method's losses, each built under autocast and differentiated outside of it."""

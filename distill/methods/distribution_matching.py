@@ -75,7 +75,14 @@ class DistributionMatching(Distiller):
     def roles(self) -> dict[str, Role]:
         return {"teacher": self.teacher, "student": self.student, "fake_score": self.fake_score}
 
+    def on_pairs(self, iteration: int) -> bool:
+        """Whether the student learns from pairs alone; the fake score begins after it, when there are samples to know."""
+        return iteration < self.config.regression_warmup_steps
+
     def updates(self, iteration: int) -> list[str]:
+        if self.on_pairs(iteration):
+            return ["student"]
+        iteration -= self.config.regression_warmup_steps
         _, since = phases.phase_of(iteration, len(self.phases), self.config)
         if since >= 0 and since % self.config.fake_score_updates == 0:
             return ["student", "fake_score"]
@@ -84,6 +91,8 @@ class DistributionMatching(Distiller):
     def draw(self, batch: Batch, rng: Rngs, iteration: int, roles: list[str]) -> Draws:
         assert batch.condition is not None
         c, condition = self.config, batch.condition
+        if self.on_pairs(iteration):
+            return self.pairs_alone(batch, rng)
         if c.prompt_dropout:
             condition = dropped(condition, rng.uniform("dropout") >= c.prompt_dropout)
         if c.policy in Noisy:
@@ -114,6 +123,15 @@ class DistributionMatching(Distiller):
             draws.scale = c.guidance_scale + (c.guidance_scale_max - c.guidance_scale) * rng.uniform("guidance")
         return draws
 
+    def pairs_alone(self, batch: Batch, rng: Rngs) -> Draws:
+        """What `draw` gives where no sample of the student's is asked for."""
+        assert batch.pairs is not None
+        draws = Draws(batch.pairs.x)
+        if self.config.policy == "trajectory":
+            plan = self.plan(policy.drawn_count(self.config.steps, rng))
+            draws.paired = policy.paired_step(batch.pairs, plan, self.ends, rng, self.noise)
+        return draws
+
     def own_levels(self, roles: list[str]) -> list[str]:
         """What heads look at in the roles' turns, each at a level and with a noise of its own; others share the role's."""
         if self.discriminator is None or not self.config.own_gan_levels:
@@ -141,6 +159,9 @@ class DistributionMatching(Distiller):
             return student.x0(x, t, condition)
 
     def loss(self, role: str, batch: Batch, draws: Draws, iteration: int) -> Iterator[Losses]:
+        if self.on_pairs(iteration):
+            yield self.regression(batch, draws.paired)
+            return
         condition = draws.conditions.get(role, batch.condition)
         assert condition is not None
         t, eps, x0, point = draws.t[role], draws.eps[role], draws.x0.detach(), draws.point
@@ -152,7 +173,7 @@ class DistributionMatching(Distiller):
             return
         c = self.config
         ratio, g, scalars = None, None, {}
-        if self.discriminator is not None and iteration >= c.gan_warmup_steps:
+        if self.discriminator is not None and iteration - c.regression_warmup_steps >= c.gan_warmup_steps:
             g, logits = self.adversarial_direction(self.discriminator, x0, draws, condition)
             scalars["gan"] = adversarial.generator_loss(logits).mean()
             ratio = density_ratio(logits, t) if c.divergence in OfRatio else None

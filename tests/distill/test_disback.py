@@ -339,6 +339,10 @@ def test_memory_counts_the_target(tmp_path: Path):
             {"divergence": "f_distill", "gan_warmup_steps": 9},
             "gan_warmup_steps 9: f_distill's ratio is of the teacher, which is the target from iteration 10; give at least",
         ),
+        (
+            {"regression_weight": 1.0, "regression_warmup_steps": 3},
+            "not with regression_warmup_steps: the path is recorded from the run's beginning",
+        ),
         ({"divergence": "uni_instruct"}, "gan_warmup_steps 0: uni_instruct's ratio is of the teacher"),
     ],
 )

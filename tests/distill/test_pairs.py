@@ -17,11 +17,13 @@ from fewstep.distill import cache, pairs
 from fewstep.distill.batches import Batches
 from fewstep.distill.data import Prompts
 from fewstep.distill.pairs import StoredPairs, captions_of_pairs, make_pairs, teacher_plan
+from fewstep.samplers.load import denoiser_of
 from fewstep.samplers.plan import generators, sample, uniform_plan
 from fewstep.samplers.rules import randn
 from tests.closed_form import GaussianTeacher
 from tests.distill.gaussian import PROCESSES
 from tests.distill.runs import config
+from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
 SHIFTS = ["0.5", "-1", "0.25", "2"]  # prompts: how far they move the mean
 
@@ -90,6 +92,17 @@ def test_a_scale_that_is_an_input_is_told(tmp_path: Path):
     assert teacher_plan(settings, gaussian(guided=1.0)).nfe == settings.pair_steps
 
 
+def test_pairs_are_made_in_the_runs_precision(tmp_path: Path):
+    """Of a UNet under autocast: the same noise, float32, off by what bfloat16 rounds."""
+    teacher, found = denoiser_of(tiny_stable_diffusion()), {}
+    for precision in ("no", "bf16"):
+        found[precision] = made(tmp_path, teacher, prompts=PROMPTS, mixed_precision=precision)[range(10)]  # type: ignore[arg-type]
+    assert torch.equal(found["no"]["z"], found["bf16"]["z"])
+    assert found["bf16"]["x"].dtype == torch.float32
+    off = (found["no"]["x"] - found["bf16"]["x"]).norm() / found["no"]["x"].norm()
+    assert 1e-4 < off < 0.05
+
+
 def test_captions_are_all_drawn_and_few_pairs_are_the_first_of_many():
     data = Prompts([str(i) for i in range(5)])
     few, many = captions_of_pairs(data, 7), captions_of_pairs(data, 15)
@@ -141,6 +154,7 @@ def test_pairs_are_of_their_causes(tmp_path: Path, sampled: list[int], monkeypat
     assert rows(pair_steps=3) == 10
     assert rows(guidance_scale=3.0) == 10
     assert rows(guidance_scale=3.0, pair_guidance_scale=2.0) == 0
+    assert rows(mixed_precision="bf16") == 10
     assert rows(negative_prompt="1") == 10
     assert rows(prompts=[*SHIFTS[:3], "7"]) > 0
     assert rows(gaussian("flow_shifted")) == 10

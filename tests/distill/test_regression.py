@@ -202,6 +202,40 @@ def test_cost_is_as_declared(changes: dict[str, Any], tmp_path: Path):
         assert ("student/regression" in said) is ("student" in roles)
 
 
+@pytest.mark.parametrize("changes", [{}, {"method": "tdm", "steps": [2]}], ids=["dmd", "tdm"])
+def test_pairs_alone_come_first(changes: dict[str, Any], tmp_path: Path):
+    """One call, one role, the regression's own gradient; other warm-ups are counted from where that of the pairs ends."""
+    teacher = Teacher(PROCESSES["vp"], [0.7], [0.5], side=1)
+    changes = DMD | {"train_batch_size": 2, "regression_weight": 0.25, "regression_warmup_steps": 2} | changes
+    made = method(tmp_path, teacher, **changes, fake_score_warmup_steps=1)
+    turns = [["student"], ["student"], ["fake_score"], ["student", "fake_score"]]
+    assert [made.updates(i) for i in range(4)] == turns
+    trainer = under_training(tmp_path, made, teacher, [str(SHIFT)] * 4)
+    batch = gaussian_pairs(made, teacher, 8)
+    assert batch.pairs is not None
+    if made.config.policy == "trajectory":
+        batch.pairs.between = batch.pairs.x[:, None]
+    trainer.batches.pairs = stored(batch)
+    for i, roles in enumerate(turns):
+        before = {k: p.clone() for k, p in made.fake_score.parameters.items()}
+        micro, rng = trainer.batches(i, 0)
+        assert micro.pairs is not None
+        paired = made.draw(micro, rng, i, roles).paired
+        wanted = made.regression(micro, paired).scalars["regression"].item()
+        with calls(made) as seen:
+            said = trainer.step(i)
+        declared = made.forwards()[" and ".join(roles)]
+        assert rows_by_backward(seen, 2) == {False: declared["forward"], True: declared["backward"]}
+        moved = [k for k, p in made.fake_score.parameters.items() if not torch.equal(p, before[k])]
+        assert bool(moved) is ("fake_score" in roles)
+        if i < 2:
+            assert said.keys() == {"student/regression", "student/grad_norm"}
+            assert said["student/regression"] == pytest.approx(wanted, rel=1e-5)
+            assert (paired is None) is (made.config.policy != "trajectory")
+    with pytest.raises(ConfigError, match="regression_warmup_steps 5: there are no pairs; set regression_weight"):
+        config(tmp_path, **(DMD | {"regression_weight": 0.0, "regression_warmup_steps": 5}))
+
+
 def test_weight_zero_is_the_method_without(tmp_path: Path):
     """To the bit: no pairs, one loss, the same draws; and with a weight the divergence's loss stays what it is."""
     teacher = Teacher(PROCESSES["flow"], [0.7], [0.5], side=2)
