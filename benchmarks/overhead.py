@@ -299,6 +299,8 @@ def main() -> None:
         never = 10**9  # neither checkpoints nor previews: both are rare, and their cost is the disk's
         fixed = [f"output_dir={folder}", f"teacher={a.teacher}", f"max_train_steps={never}"]
         config = load_config(a.config, [*fixed, f"checkpointing_steps={never}", "ema_decay=0.98", *a.overrides])
+        if getattr(config, "regression_weight", 0):  # the bare loop has the scores alone
+            config = config.model_copy(update={"regression_weight": 0.0, "regression_warmup_steps": 0})
         trainer, loop, counts = prepared(config)
         for i in range(2):  # warm up
             trainer(i)

@@ -56,6 +56,7 @@ def test_a_copy_elsewhere_trains_bit_identically(tmp_path: Path):
         small = (
             "max_train_steps=2",
             "train_batch_size=2",
+            *("num_pairs=64", "pair_steps=2", "regression_warmup_steps=1"),
             "report_num=null",
             "validation_steps=null",
             "preflight=false",
