@@ -31,5 +31,5 @@ def calls(config: DistributionMatchingConfig, rollout: float, told_guidance: boo
         "backward": 1 + regressed + scores[1] + graph + trained,
     }
     alone = {"forward": rollout + 1 + still, "backward": trained}
-    pairs = {"student": {"forward": 0, "backward": 1}} if config.regression_warmup_steps else {}
-    return {"student and fake_score": both, "fake_score": alone, **pairs}
+    counts = {"student and fake_score": both, "fake_score": alone}
+    return counts | ({"student": {"forward": 0.0, "backward": 1.0}} if config.regression_warmup_steps else {})
