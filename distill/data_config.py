@@ -7,16 +7,23 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 
 
-def _unicode(text: str) -> str:
+def not_unicode(text: str) -> str | None:
+    """What is wrong with a text that holds half a character, as JSON, YAML and a terminal can; tokenizers take none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"is no valid Unicode, at character {error.start + 1}") from error
+        return f"is no valid Unicode, at character {error.start + 1}"
+    return None
+
+
+def _unicode(text: str) -> str:
+    if said := not_unicode(text):
+        raise ValueError(said)
     return text
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
-"""What tokenizers take: YAML, as JSON, can hold half a character."""
+"""What tokenizers take."""
 
 
 class DataConfig(BaseModel, frozen=True):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.distill import clips, pictures
+from fewstep.distill.data_config import not_unicode
 from fewstep.distill.pictures import Unusable
 from fewstep.samplers.errors import UserError, reason
 
@@ -72,11 +73,9 @@ def _captions(value: Any, where: str) -> tuple[str, ...]:
 
 
 def valid(text: str, where: str) -> str:
-    """A text that tokenizers take; UserError for one with half a character, which JSON and a terminal can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {text[:60]!a} is no valid Unicode, at character {error.start + 1}") from error
+    """A text that tokenizers take; UserError for another."""
+    if said := not_unicode(text):
+        raise UserError(f"{where}: {text[:60]!a} {said}")
     return text
 
 

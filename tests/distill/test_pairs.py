@@ -17,6 +17,7 @@ from fewstep.distill import cache, pairs
 from fewstep.distill.batches import Batches
 from fewstep.distill.data import Prompts
 from fewstep.distill.pairs import StoredPairs, captions_of_pairs, make_pairs, teacher_plan
+from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import denoiser_of
 from fewstep.samplers.plan import generators, sample, uniform_plan
 from fewstep.samplers.rules import randn
@@ -37,9 +38,7 @@ def gaussian(name: str = "flow", **changes: Any) -> GaussianTeacher:
     return GaussianTeacher(PROCESSES[name], mean=0.3, std=0.6, shape=(1, 2, 2), **changes)
 
 
-def made(
-    folder: Path, teacher: GaussianTeacher, at: Any = None, prompts: list[str] = SHIFTS, **changes: Any
-) -> StoredPairs:
+def made(folder: Path, teacher: Denoiser, at: Any = None, prompts: list[str] = SHIFTS, **changes: Any) -> StoredPairs:
     chosen = {"method": "dmd", "num_pairs": 10, "pair_steps": 2, "guidance_scale": 2.0} | changes
     settings: Any = config(folder, student="full", **chosen)
     condition = teacher.encode(prompts, settings.negative_prompt)
@@ -96,7 +95,7 @@ def test_pairs_are_made_in_the_runs_precision(tmp_path: Path):
     """Of a UNet under autocast: the same noise, float32, off by what bfloat16 rounds."""
     teacher, found = denoiser_of(tiny_stable_diffusion()), {}
     for precision in ("no", "bf16"):
-        found[precision] = made(tmp_path, teacher, prompts=PROMPTS, mixed_precision=precision)[range(10)]  # type: ignore[arg-type]
+        found[precision] = made(tmp_path, teacher, prompts=PROMPTS, mixed_precision=precision)[range(10)]
     assert torch.equal(found["no"]["z"], found["bf16"]["z"])
     assert found["bf16"]["x"].dtype == torch.float32
     off = (found["no"]["x"] - found["bf16"]["x"]).norm() / found["no"]["x"].norm()

@@ -174,6 +174,17 @@ def stored(batch: Batch) -> StoredPairs:
     return Held(None, [0] * len(pairs.z))  # type: ignore[arg-type]
 
 
+def with_pairs(folder: Path, made: Any, teacher: Teacher) -> Any:
+    """A trainer on eight pairs; of a trajectory with a state in the middle."""
+    trainer = under_training(folder, made, teacher, [str(SHIFT)] * 4)
+    batch = gaussian_pairs(made, teacher, 8)
+    assert batch.pairs is not None
+    if made.config.policy == "trajectory":
+        batch.pairs.between = batch.pairs.x[:, None]
+    trainer.batches.pairs = stored(batch)
+    return trainer
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"steps": [1, 2], "fake_score_updates": 2}, {"guidance_scale": 1.0}, {"method": "tdm", "steps": [2]}],
@@ -183,12 +194,7 @@ def test_cost_is_as_declared(changes: dict[str, Any], tmp_path: Path):
     """One call of the student with a graph on top, in the student's turn; pairs cost nothing while a student trains."""
     teacher = Teacher(PROCESSES["vp"], [0.7], [0.5], side=1)
     made = method(tmp_path, teacher, **(DMD | {"train_batch_size": 2, "regression_weight": 0.25} | changes))
-    trainer = under_training(tmp_path, made, teacher, [str(SHIFT)] * 4)
-    batch = gaussian_pairs(made, teacher, 8)
-    assert batch.pairs is not None
-    if made.config.policy == "trajectory":
-        batch.pairs.between = batch.pairs.x[:, None]
-    trainer.batches.pairs = stored(batch)
+    trainer = with_pairs(tmp_path, made, teacher)
     plain = method(tmp_path, teacher, **(DMD | {"regression_weight": 0.0} | changes))
     for i in range(3):
         with calls(made) as seen:
@@ -210,12 +216,7 @@ def test_pairs_alone_come_first(changes: dict[str, Any], tmp_path: Path):
     made = method(tmp_path, teacher, **changes, fake_score_warmup_steps=1)
     turns = [["student"], ["student"], ["fake_score"], ["student", "fake_score"]]
     assert [made.updates(i) for i in range(4)] == turns
-    trainer = under_training(tmp_path, made, teacher, [str(SHIFT)] * 4)
-    batch = gaussian_pairs(made, teacher, 8)
-    assert batch.pairs is not None
-    if made.config.policy == "trajectory":
-        batch.pairs.between = batch.pairs.x[:, None]
-    trainer.batches.pairs = stored(batch)
+    trainer = with_pairs(tmp_path, made, teacher)
     for i, roles in enumerate(turns):
         before = {k: p.clone() for k, p in made.fake_score.parameters.items()}
         micro, rng = trainer.batches(i, 0)
