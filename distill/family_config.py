@@ -59,7 +59,9 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
         "sequential", description="policy phases: one after the other, an equal share of the run each, or in turns"
     )
     steps: list[PositiveInt] = Field(
-        [4], min_length=1, description="step counts trained; one is drawn in each iteration"
+        [4],
+        min_length=1,
+        description="step counts trained; one is drawn in each iteration, one given twice twice as often",
     )
     start: Literal["noise", "level"] = Field(
         "noise", description="first input: what pipelines start from, or sigma z at init_level"

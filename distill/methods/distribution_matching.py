@@ -329,7 +329,7 @@ class DistributionMatching(Distiller):
 
     @property
     def step_counts(self) -> tuple[int, ...]:
-        return tuple(sorted(self.config.steps))
+        return tuple(sorted(set(self.config.steps)))
 
     def plan(self, steps: int) -> SamplingPlan:
         """Even levels below the first, by the consistency rule or as ODE steps; the first input is c z, c 1 or a sigma."""

@@ -34,10 +34,11 @@ from tests.distill.runs import config
 from tests.pipelines import PROMPTS, tiny_stable_diffusion, tiny_stable_diffusion_3
 
 
-def test_one_count_is_drawn_for_all_rows(tmp_path: Path):
-    """Uniform over the counts; every row's step is one of that count's, for both roles and on every process."""
+@pytest.mark.parametrize(("steps", "times"), [([1, 2, 4], [100, 100, 100]), ([1, 1, 1, 2, 4], [180, 60, 60])])
+def test_one_count_is_drawn_for_all_rows(tmp_path: Path, steps: list[int], times: list[int]):
+    """As often as it is given; every row's step is one of that count's, for both roles and on every process."""
     teacher = Teacher(PROCESSES["flow"], [0.0], [1.0], side=1)
-    made = method(tmp_path, teacher, method="tdm", steps=[1, 2, 4])
+    made = method(tmp_path, teacher, method="tdm", steps=steps)
     seen: Counter[int] = Counter()
     for i in range(300):
         counts = set()
@@ -51,8 +52,8 @@ def test_one_count_is_drawn_for_all_rows(tmp_path: Path):
             assert torch.allclose((point.to / lengths).round() * lengths, point.to)  # one of that count's ends
         assert len(counts) == 1
         seen[counts.pop()] += 1
-    assert sorted(seen) == [1, 2, 4]
-    assert all(abs(n - 100) < 33 for n in seen.values())  # four deviations
+    assert tuple(sorted(seen)) == made.step_counts == (1, 2, 4)
+    assert all(abs(seen[k] - n) < 4 * (n * (1 - n / 300)) ** 0.5 for k, n in zip((1, 2, 4), times, strict=True))
 
 
 def test_the_cost_is_the_mean_over_the_counts(tmp_path: Path):
