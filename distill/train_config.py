@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +23,20 @@ def above(value: float | None, info: ValidationInfo, key: str) -> float | None:
     if value is not None and low is not None and value <= low:
         raise ValueError(f"must exceed {key} {low}")
     return value
+
+
+def step_rules(rules: str) -> list[tuple[float, float]]:
+    """`lr_step_rules` as (multiple, iteration that it ends before); the last's is infinity. ValueError where they are none."""
+    *first, last = rules.split(",")
+    try:
+        pairs = [(float(multiple), float(int(end))) for multiple, end in (rule.split(":") for rule in first)]
+        pairs.append((float(last), math.inf))
+    except ValueError:
+        pairs = []
+    ends = [0.0, *(end for _, end in pairs)]
+    if not pairs or not all(a < b for a, b in pairwise(ends)) or not all(0 < m < math.inf for m, _ in pairs):
+        raise ValueError("must be multiples above 0 and growing iterations where they end, like 1:8000,0.5:9000,0.1")
+    return pairs
 
 
 class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -55,7 +71,13 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     train_batch_size: int = Field(16, ge=1, description="rows per process and micro-batch")
     gradient_accumulation_steps: int = Field(1, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler: Literal["constant", "linear", "cosine", "piecewise_constant"] = "constant"
+    lr_step_rules: str | None = Field(
+        None,
+        validate_default=True,
+        description="of piecewise_constant, as diffusers spells it: 1:8000,0.5:9000,0.1 is learning_rate until iteration "
+        "8000, half of it until 9000, then a tenth",
+    )
     lr_warmup_steps: int = Field(0, ge=0)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -160,6 +182,15 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
             if info.data.get("eval_steps") is None or scalar.removeprefix(PREFIX) not in names:
                 raise ValueError("needs eval_steps, and its figure among eval_metrics")
         return scalar
+
+    @field_validator("lr_step_rules")
+    @classmethod
+    def _rules(cls, rules: str | None, info: ValidationInfo) -> str | None:
+        if (rules is not None) is not (info.data.get("lr_scheduler") == "piecewise_constant"):
+            raise ValueError("goes with lr_scheduler: piecewise_constant, and that with it")
+        if rules is not None:
+            step_rules(rules)
+        return rules
 
     @field_validator("early_stopping_patience")
     @classmethod

@@ -22,6 +22,7 @@ from fewstep.distill.interrupt import Interrupted, Signals
 from fewstep.distill.networks import average_gradients, mean, require_grad, swapped, update_average
 from fewstep.distill.random import generator
 from fewstep.distill.record import Record
+from fewstep.distill.train_config import step_rules
 from fewstep.samplers.errors import UserError
 
 NON_FINITE = "non-finite losses"
@@ -30,6 +31,8 @@ NON_FINITE = "non-finite losses"
 def learning_rate(config: TrainConfig, base: float, iteration: int) -> float:
     """Rate of an iteration: a pure function, so that resume needs no scheduler state."""
     warm = min(1.0, (iteration + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+    if config.lr_step_rules is not None:
+        return base * warm * next(multiple for multiple, end in step_rules(config.lr_step_rules) if iteration < end)
     done = iteration / config.max_train_steps
     shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return base * warm * shape[config.lr_scheduler]

@@ -40,6 +40,22 @@ def mistakes(values: object, *overrides: str) -> list[str]:
         ({"num_ode_steps": 4}, "config: steps: must be at most num_ode_steps 4; got [1, 2, 4, 8]"),
         ({"method": "dmd2", "min_level": 0.99}, "config: max_level: must exceed min_level 0.99; got 0.98"),
         (
+            {"lr_scheduler": "piecewise_constant"},
+            "config: lr_step_rules: goes with lr_scheduler: piecewise_constant, and that with it; got None",
+        ),
+        (
+            {"lr_step_rules": "1:4,0.5"},
+            "config: lr_step_rules: goes with lr_scheduler: piecewise_constant, and that with it; got '1:4,0.5'",
+        ),
+        *(
+            (
+                {"lr_scheduler": "piecewise_constant", "lr_step_rules": rules},
+                "config: lr_step_rules: must be multiples above 0 and growing iterations where they end, like "
+                f"1:8000,0.5:9000,0.1; got {rules!r}",
+            )
+            for rules in ("1:4", "1:4,0.5:4,0.1", "1:4,0", "1:4,inf", "1:4.5,0.1", "", "a", "1:0,0.5")
+        ),
+        (
             {"method": "sim", "fake_guidance_scale": 2.0},
             "config: fake_guidance_scale 2 must be fake_train_guidance_scale 1 for divergence sim, whose F - x0 needs the "
             "student's own denoiser; sid takes two",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.optimization import get_piecewise_constant_schedule
 from torch import Tensor, nn
 
 from fewstep.distill.config import TrainConfig
@@ -16,7 +17,7 @@ from fewstep.distill.distiller import Losses
 from fewstep.distill.methods.pretrain import Pretrain
 from fewstep.distill.networks import Networks
 from fewstep.distill.random import Rngs, permutation
-from fewstep.distill.trainer import Trainer
+from fewstep.distill.trainer import Trainer, learning_rate
 from fewstep.samplers.noise import EDM, Flow, NoiseProcess
 from tests.closed_form import GaussianTeacher, vp
 from tests.distill.runs import Scripted, config, metrics, scripted, square, trainer
@@ -144,6 +145,22 @@ def test_order_of_an_iteration(tmp_path: Path):
         *[("draw", 1, (0,), alone), ("loss", 1, "fake_score"), ("draw", 1, (1,), alone), ("loss", 1, "fake_score")],
         ("after_step", 1, "fake_score"),
     ]
+
+
+def test_rates_by_rules_are_those_of_diffusers(tmp_path: Path):
+    """A multiple holds until its iteration, the last one for ever; a warm-up multiplies it."""
+    rules = "1:4,0.5:9,0.1"
+    settings = config(tmp_path, lr_scheduler="piecewise_constant", lr_step_rules=rules)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    schedule = get_piecewise_constant_schedule(optimizer, rules)
+    found = []
+    for _ in range(12):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert [learning_rate(settings, 0.3, i) for i in range(12)] == pytest.approx(found)
+    warm = settings.model_copy(update={"lr_warmup_steps": 8})
+    assert learning_rate(warm, 0.3, 5) == pytest.approx(found[5] * 6 / 8)
 
 
 def test_roles_have_their_own_rates(tmp_path: Path):
