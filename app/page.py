@@ -30,7 +30,8 @@ EXTREMES = 4
 """Best and worst prompts of a row."""
 
 LEGEND = (
-    "Bold is the best of a column; ± is one standard error, and rows that are within it of each other do not differ."
+    "Bold is the best of a column, unless all are alike; ± is one standard error, and rows that are within it of each other "
+    "do not differ."
 )
 
 STYLE = """
@@ -89,7 +90,7 @@ def _table(report: dict[str, Any]) -> str:
     """The figures, the best of each column in bold; real images and folders do not compete."""
     head, *lines = cells(report)
     arrows = {"lower": "↓", "higher": "↑"}
-    best = {n: _best(n, report["rows"]) for n in head[3:]}
+    best = {n: _best(n, report["rows"], [line[k] for line in lines]) for k, n in enumerate(head) if k >= 3}
     title = "".join(
         f'<th title="{escape(METRICS[h].about)}">{h.replace("_", "_<wbr>")}&nbsp;<span class="arrow">{arrows[METRICS[h].better]}</span></th>'
         if h in METRICS
@@ -101,7 +102,7 @@ def _table(report: dict[str, Any]) -> str:
         cells_ = []
         for name, text in zip(head, line, strict=True):
             value, plus, error = text.partition(" ± ")
-            kind = ' class="best"' if best.get(name) == i else ""
+            kind = ' class="best"' if i in best.get(name, ()) else ""
             tail = f' <span class="error">{plus.strip()} {error}</span>' if plus else ""
             cells_.append(f"<td{kind}>{escape(value)}{tail}</td>")
         body.append("<tr>" + "".join(cells_) + "</tr>")
@@ -117,13 +118,16 @@ def _tagged(table: list[list[str]]) -> list[tuple[str, list[str]]]:
     return [("td" if i else "th", line) for i, line in enumerate(table)]
 
 
-def _best(name: str, rows: Sequence[dict[str, Any]]) -> int | None:
-    """Number of the row that is best in a figure, among those that were sampled; None for fewer than two."""
+def _best(name: str, rows: Sequence[dict[str, Any]], shown: Sequence[str]) -> set[int]:
+    """Numbers of the rows that are best in a figure, as it is shown, among those that were sampled; none if all are alike."""
     values = [(i, row["metrics"].get(name, {}).get("value")) for i, row in enumerate(rows) if row["nfe"]]
-    known = [(value, i) for i, value in values if value is not None]
-    if len(known) < 2:
-        return None
-    return (min if METRICS[name].better == "lower" else max)(known, key=lambda pair: pair[0])[1]
+    known = {i: value for i, value in values if value is not None}
+    if not known:
+        return set()
+    first = (min if METRICS[name].better == "lower" else max)(known, key=lambda i: known[i])
+    value, *_ = shown[first].partition(" ± ")
+    alike = {i for i in known if shown[i].partition(" ± ")[0] == value}
+    return alike if len(alike) < len(known) else set()
 
 
 def _plots(rows: Sequence[dict[str, Any]]) -> str:

@@ -97,6 +97,14 @@ def test_the_best_of_each_figure_is_marked(page: str):
     assert re.findall(r'class="best">([\d.]+)', page) == ["5.00", "4.25"]
 
 
+def test_rows_that_are_alike_are_best_together_and_none_where_all_are(tmp_path: Path):
+    rows = [row(tmp_path, "student", n, fid, [3.0] * 4, 9) for n, fid in ((1, 7.0), (2, 5.0), (4, 5.0))]
+    report: dict[str, Any] = {"n": 4, "seeds": [0, 1, 2, 3], "prompts": "p.txt", "rows": [r.row for r in rows]}
+    write(tmp_path / "report.html", report, rows)
+    html = (tmp_path / "report.html").read_text()
+    assert re.findall(r'class="best">([\d.]+)', html) == ["5.00", "5.00"]
+
+
 def test_prompts_that_are_followed_least_and_best(page: str):
     assert "<h2>Worst and best prompts</h2>\n<p>By clip, the mean over" in page
     of_student = page.split("<summary>student, 2 steps</summary>")[1].split("</details>")[0]
