@@ -186,7 +186,8 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     @field_validator("lr_step_rules")
     @classmethod
     def _rules(cls, rules: str | None, info: ValidationInfo) -> str | None:
-        if (rules is not None) is not (info.data.get("lr_scheduler") == "piecewise_constant"):
+        known = info.data.get("lr_scheduler")  # none where it is a mistake of its own
+        if known is not None and (rules is not None) is not (known == "piecewise_constant"):
             raise ValueError("goes with lr_scheduler: piecewise_constant, and that with it")
         if rules is not None:
             step_rules(rules)

@@ -47,6 +47,10 @@ def mistakes(values: object, *overrides: str) -> list[str]:
             {"lr_step_rules": "1:4,0.5"},
             "config: lr_step_rules: goes with lr_scheduler: piecewise_constant, and that with it; got '1:4,0.5'",
         ),
+        (
+            {"lr_scheduler": "steps", "lr_step_rules": "1:4,0.5"},
+            "config: lr_scheduler: Input should be 'constant', 'linear', 'cosine' or 'piecewise_constant'; got 'steps'",
+        ),
         *(
             (
                 {"lr_scheduler": "piecewise_constant", "lr_step_rules": rules},
