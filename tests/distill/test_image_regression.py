@@ -51,8 +51,8 @@ def test_lpips_of_decoded_images(weights: Path):
     same, zeros = regression.direction(x, x, distance)
     assert zeros.abs().max() < 1e-10
     assert same.abs().max() < 1e-4 * d.abs().max()
-    squashed = SimpleNamespace(pipeline=denoiser.pipeline, to_images=lambda z: denoiser.to_images(z).clamp(0, 1))
-    inside = regression.in_images(squashed, measure)  # type: ignore[arg-type]
+    squashed: Any = SimpleNamespace(pipeline=denoiser.pipeline, to_images=lambda z: denoiser.to_images(z).clamp(0, 1))
+    inside = regression.in_images(squashed, measure)
     pictures = [(denoiser.to_images(z).clamp(0, 1) * 255).round().byte() for z in (x0, x)]
     assert inside(x0, x).item() == pytest.approx(measure(*pictures).mean().item(), rel=0.02)
 
