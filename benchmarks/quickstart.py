@@ -12,6 +12,7 @@ was interrupted goes on where it was.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -52,6 +53,12 @@ GOALS = {  # student's steps: (of the teacher's as many steps, of the teacher's 
     2: (0.5, 1.25),
     1: (0.5, 2.0),
 }
+RANKED_BY = 2000
+"""Real renderings that a sweep's samples are compared with."""
+
+PART = 1000
+"""Images of one file of the cache."""
+
 TUNED_ON = {"embedded:emoji/held-out": "embedded:emoji/full"}
 """Sets of prompts that the sweep must not see, and what it uses instead."""
 
@@ -91,16 +98,25 @@ class Cache:
             path.with_suffix(".tmp").rename(path)  # whole or not at all
         return json.loads(path.read_text())["value"]
 
-    def drawn(self, key: list[Any], make: Callable[[], Drawn]) -> Drawn:
-        """A row that is drawn once."""
-        path = self._path(key, "safetensors")
-        if not path.is_file():
-            row = make()
-            cost = torch.tensor([row.seconds_per_image, row.nfe])
-            save_file({"images": row.images, "cost": cost}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
-        stored = load_file(path)
-        return Drawn(stored["images"], *stored["cost"].tolist())
+    def drawn(self, key: list[Any], sampler: Sampler, prompts: PromptSet) -> Drawn:
+        """A row that is drawn once, in parts, since one of many images takes an hour."""
+        images, costs = [], []
+        for first in range(0, len(prompts), PART):
+            path = self._path([*key, prompts.name, len(prompts), first], "safetensors")
+            if not path.is_file():
+                part = slice(first, first + PART)
+                part = dataclasses.replace(
+                    prompts, prompts=prompts.prompts[part], groups=prompts.groups[part], seeds=prompts.seeds[part]
+                )
+                row = draw(sampler, part, 50)
+                cost = torch.tensor([row.seconds_per_image, row.nfe])
+                save_file({"images": row.images, "cost": cost}, path.with_suffix(".tmp"))
+                path.with_suffix(".tmp").rename(path)
+            stored = load_file(path)
+            images.append(stored["images"])
+            costs.append(stored["cost"])
+        seconds, nfe = torch.stack(costs).median(0).values.tolist()
+        return Drawn(torch.cat(images), seconds, nfe)
 
 
 def sweep(
@@ -108,15 +124,15 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """All choices with the `fd_emoji` of a small set, best first."""
     tried, name = [], TUNED_ON.get(name, name)
-    prompts, all_prompts = (prompt_set(name, n, options.seed) for n in (options.sweep_num, options.num))
-    reference = features(renderings(all_prompts.prompts, REFERENCE_SEED))
+    prompts, ranked_by = (prompt_set(name, n, options.seed) for n in (options.sweep_num, RANKED_BY))
+    reference = features(renderings(ranked_by.prompts, REFERENCE_SEED))
     for choice in map(Choice._make, itertools.product(SOLVERS, SPACINGS, options.guidance)):
 
         def distance(choice: Choice = choice) -> float:
             sampler = teacher.sampler(steps, choice.guidance, choice.scheduler, choice.spacing)
             return frechet_distance(reference, features(draw(sampler, prompts, 50).images))
 
-        value = cache.number([mark, name, len(prompts), len(all_prompts), steps, *choice], distance)
+        value = cache.number([mark, name, len(prompts), len(ranked_by), steps, *choice], distance)
         tried.append({**choice._asdict(), "fd_emoji": value})
         say(f"sweep {name}, {steps} steps, {' '.join(map(str, choice))}: {value:.3f}")
     return sorted(tried, key=lambda entry: entry["fd_emoji"])
@@ -175,15 +191,13 @@ def rows(
         last = []
         for choice in finalists(tried, options.finalists):
             sampler = teacher.sampler(steps, choice.guidance, choice.scheduler, choice.spacing)
-            key = [manifest.fingerprint, prompts.name, len(prompts), steps, *choice]
-            drawn = cache.drawn(key, lambda sampler=sampler: draw(sampler, prompts, 50))
+            drawn = cache.drawn([manifest.fingerprint, steps, *choice], sampler, prompts)
             last.append((frechet_distance(reference, features(drawn.images)), sampler, drawn))
             say(f"{prompts.name}, {steps} steps, {' '.join(map(str, choice))}: {last[-1][0]:.4f} of {len(prompts)}")
         yield min(last, key=lambda entry: entry[0])[1:]
     for steps in sorted(manifest.plans, reverse=True):
         sampler = student_sampler(student, manifest, str(run), steps)
-        key = [weights_mark(folder), prompts.name, len(prompts), steps]
-        yield sampler, cache.drawn(key, lambda sampler=sampler: draw(sampler, prompts, 50))
+        yield sampler, cache.drawn([weights_mark(folder), steps], sampler, prompts)
 
 
 def goals(
