@@ -9,9 +9,6 @@ from torch import Tensor
 
 from fewstep.samplers.errors import UserError
 
-FRAMES_PER_SECOND = 16
-"""The rate of Wan's clips."""
-
 
 def ffmpeg() -> Any:
     """imageio_ffmpeg, which brings the encoder; UserError where it is not installed."""
@@ -22,12 +19,12 @@ def ffmpeg() -> Any:
     return imageio_ffmpeg
 
 
-def save_mp4(clip: Tensor, path: Path) -> Path:
+def save_mp4(clip: Tensor, path: Path, frames_per_second: float) -> Path:
     """Write frames (F, 3, H, W) uint8 as H.264 that browsers play; an odd row or column is left out."""
     height, width = (side // 2 * 2 for side in clip.shape[-2:])  # colours are kept for blocks of 2x2
     frames = clip[:, :, :height, :width].permute(0, 2, 3, 1).contiguous().numpy()
     writer = ffmpeg().write_frames(
-        str(path), (width, height), fps=FRAMES_PER_SECOND, quality=8, macro_block_size=2, ffmpeg_log_level="error"
+        str(path), (width, height), fps=frames_per_second, quality=8, macro_block_size=2, ffmpeg_log_level="error"
     )
     writer.send(None)
     for frame in frames:

@@ -39,7 +39,7 @@ from fewstep.distill.report import finite, write_json
 from fewstep.distill.seen import VARIETY, Seen, figures, see, see_prompt
 from fewstep.distill.table import label, short, show
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import class_of, family, load_student, parts
+from fewstep.samplers.load import class_of, dtypes, family, load_student, parts
 from fewstep.samplers.manifest import read_manifest
 
 
@@ -69,6 +69,8 @@ class Request:
     num_frames: int | None = None
     revision: str | None = None
     variant: str | None = None
+    dtype: str = "fp32"
+    eta: float | None = None
 
 
 def evaluate(request: Request) -> None:
@@ -95,7 +97,7 @@ class Evaluation:
     """One evaluation: what its rows share."""
 
     def __init__(self, request: Request):
-        self.request, self.processes = request, Processes()
+        self.request, self.processes, self.loading = request, Processes(), dtypes(request.dtype)
         check_out(request.out)
         self.students = {s: read_manifest(f) for s in request.sources if (f := student_folder(s)) is not None}
         self.folders = [s for s in request.sources if s not in self.students and is_images(s)]
@@ -152,7 +154,11 @@ class Evaluation:
                 raise UserError(f"metric {name}: needs {least} images or more; say --num {least} or more")
         if self.sampled and all(source in self.students for source in self.sampled):
             drawn = self._needs_teacher()  # by a scheduler and with guidance, but in steps of its own
-            told = {"guidance-scale": self.request.guidance, "scheduler": self.request.scheduler}
+            told = {
+                "guidance-scale": self.request.guidance,
+                "scheduler": self.request.scheduler,
+                "eta": self.request.eta,
+            }
             for option, value in {"timesteps": self.request.timesteps, **({} if drawn else told)}.items():
                 if value is not None:
                     raise UserError(
@@ -195,8 +201,8 @@ class Evaluation:
             return
         counts = sorted(set(self.request.steps), reverse=True)
         if source in self.students:
-            variant, revision = self.request.variant, self.revisions[source]
-            student, manifest = load_student(source, variant=variant, fuse=True, revision=revision)
+            variant, revision, fuse = self.request.variant, self.revisions[source], self.request.dtype == "fp32"
+            student, manifest = load_student(source, None, variant, fuse, revision, **self.loading)
             for k in counts:
                 yield self._draw(student_sampler(student, manifest, source, k), manifest.plan(k).model_dump_json())
         else:
@@ -205,7 +211,7 @@ class Evaluation:
                 yield self._draw(teacher.sampler(k, **self._how(source)))
 
     def _teacher(self, source: str, pipeline: str) -> Teacher:
-        return Teacher(pipeline, self.revisions[source], self.request.variant, **self.size)
+        return Teacher(pipeline, self.revisions[source], self.request.variant, loading=self.loading, **self.size)
 
     def _how(self, source: str | None) -> dict[str, Any]:
         """Of a pipeline, None: of the teacher to compare with. As asked, but where some have a LoRA, of those alone."""
@@ -214,14 +220,14 @@ class Evaluation:
         if distilled and (source is None or not parts(source)[1]):
             return {}
         own = {} if source is None else {"timesteps": request.timesteps}
-        return {"guidance": request.guidance, "scheduler": request.scheduler, **own}
+        return {"guidance": request.guidance, "scheduler": request.scheduler, "eta": request.eta, **own}
 
     def _target(self) -> Teacher:
         """The teacher that others are compared with: the first pipeline without its LoRA, or the first student's base."""
         first = next((s for s in self.sampled if s not in self.students), self.sampled[0])
         if first not in self.students:
             return self._teacher(first, parts(first)[0])
-        return teacher_of(self.students[first], "", self.revisions[first], self.request.variant)
+        return teacher_of(self.students[first], "", self.revisions[first], self.request.variant, self.loading)
 
     @property
     def root(self) -> Path:
@@ -308,6 +314,7 @@ class Evaluation:
         if self.real is not None:
             report["reference_seeds"] = {"reference": REFERENCE_SEED, "real renderings": REAL_SEED}
         report |= {k: v for k in ("reference", "revision", "variant") if (v := getattr(self.request, k))}
+        report |= {"dtype": self.request.dtype} if self.request.dtype != "fp32" else {}
         report["networks"] = self.judges.names()
         report["notes"] = list(dict.fromkeys(self.notes))
         return report | {"rows": [row.row for row in self.rows], "blocks": []}

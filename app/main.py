@@ -9,7 +9,19 @@ from typing import Annotated, cast
 import typer
 
 from fewstep.app import measuring
-from fewstep.app.options import SOURCE, Debug, Guidance, Revision, Scheduler, Timesteps, Variant, numbers, quiet
+from fewstep.app.options import (
+    SOURCE,
+    Debug,
+    Dtype,
+    Eta,
+    Guidance,
+    Revision,
+    Scheduler,
+    Timesteps,
+    Variant,
+    numbers,
+    quiet,
+)
 
 app = typer.Typer(
     name="fewstep",
@@ -80,6 +92,8 @@ def sample(
     guidance_scale: Guidance = None,
     scheduler: Scheduler = None,
     timesteps: Timesteps = None,
+    eta: Eta = None,
+    dtype: Dtype = "fp32",
     revision: Revision = None,
     variant: Variant = None,
     debug: Debug = False,
@@ -99,7 +113,7 @@ def sample(
     from fewstep.app.sample import sample as run
 
     drawn = (source, prompt or [], prompts, steps, seed, n, out, guidance_scale, scheduler, own)
-    number = run(*drawn, revision=revision, variant=variant)
+    number = run(*drawn, revision=revision, variant=variant, dtype=dtype, eta=eta)
     print(f"{out}: {number} image{'s' if number != 1 else ''} in {steps} step{'s' if steps != 1 else ''}")
 
 
@@ -152,6 +166,7 @@ def playground(
         ),
     ] = None,
     port: Annotated[int, typer.Option(help="Of the page, on 127.0.0.1.", min=1, max=65535)] = 7860,
+    dtype: Dtype = "fp32",
     revision: Revision = None,
     variant: Variant = None,
     debug: Debug = False,
@@ -165,7 +180,7 @@ def playground(
     quiet(debug)
     from fewstep.app.playground import playground as serve
 
-    serve(sources or [], port, revision, variant)
+    serve(sources or [], port, revision, variant, dtype)
 
 
 @app.command()

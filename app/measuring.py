@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from fewstep.app import options
-from fewstep.app.options import SOURCE, Debug, Guidance, Revision, Scheduler, Timesteps, Variant, numbers, quiet
+from fewstep.app.options import (
+    SOURCE,
+    Debug,
+    Dtype,
+    Eta,
+    Guidance,
+    Revision,
+    Scheduler,
+    Timesteps,
+    Variant,
+    numbers,
+    quiet,
+)
 
 
 def evaluate(
@@ -41,6 +53,8 @@ def evaluate(
     guidance_scale: Guidance = None,
     scheduler: Scheduler = None,
     timesteps: Timesteps = None,
+    eta: Eta = None,
+    dtype: Dtype = "fp32",
     revision: Revision = None,
     variant: Variant = None,
     height: Annotated[
@@ -74,7 +88,7 @@ def evaluate(
     Without --metrics: with the embedded prompts fd_emoji, clip_emoji and the like; with others psnr_to_teacher, the
     distance to the teacher's many-step picture of the same noise, and pixel_distance, the variety within a prompt.
 
-    Where some sources are PIPELINE+LORA, guidance scale, scheduler and timesteps are theirs alone.
+    Where some sources are PIPELINE+LORA, guidance scale, scheduler, timesteps and eta are theirs alone.
 
     Interrupted, it goes on where it was. On several devices: accelerate launch -m fewstep.app evaluate SOURCE ...
 
@@ -111,6 +125,8 @@ def evaluate(
                 num_frames,
                 revision,
                 variant,
+                dtype,
+                eta,
             ),
         )
     )

@@ -8,7 +8,7 @@ import typer
 
 SOURCE = (
     "A run (runs/NAME), a student's folder, a pipeline folder, a hub id (ORG/NAME), embedded:emoji, or a checkpoint in one "
-    "file, FILE.safetensors@CONFIG; PIPELINE+LORA adds a LoRA of any origin, a file or a hub id."
+    "file, FILE.safetensors@CONFIG; PIPELINE+LORA adds a LoRA of any origin, a file or a hub id, PIPELINE+LORA*0.125 a part of it."
 )
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
 Guidance = Annotated[
@@ -25,6 +25,18 @@ Scheduler = Annotated[
 Timesteps = Annotated[
     str | None,
     typer.Option(help="Of a pipeline, instead of the scheduler's choice, e.g. 999,749,499,249 of DMD2's LoRA."),
+]
+Eta = Annotated[
+    float | None,
+    typer.Option(
+        help="Fresh noise in each step of the schedulers ddim and tcd, e.g. 0.3 of TCD's LoRA. Default: none."
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of weights: fp32, bf16 or fp16. The autoencoder stays in float32, and a LoRA in lower precision an adapter."
+    ),
 ]
 
 Revision = Annotated[

@@ -36,7 +36,9 @@ CSS = """
 ABOUT = "NFE: rows that went through the network for one picture; a step with guidance counts two."
 
 
-def playground(names: Sequence[str], port: int, revision: str | None = None, variant: str | None = None) -> None:
+def playground(
+    names: Sequence[str], port: int, revision: str | None = None, variant: str | None = None, dtype: str = "fp32"
+) -> None:
     """Load the sources, by default the embedded teacher and the newest student, and serve the page until Ctrl-C.
 
     Raises:
@@ -51,7 +53,7 @@ def playground(names: Sequence[str], port: int, revision: str | None = None, var
             names, note = [*names, newest], None
     files = revisions(names, revision)
     sources.check(names, files)
-    demo = page([sources.load_source(name, files[name], variant) for name in sources.shown(names)], note)
+    demo = page([sources.load_source(name, files[name], variant, dtype) for name in sources.shown(names)], note)
     if note is not None:
         print(note)
     url = start(demo, port)
@@ -224,7 +226,9 @@ def drawn(sampler: Sampler, prompt: str, seed: int, folder: Path) -> list[str]:
     guided = f", guidance {sampler.guidance:g}" if sampler.guidance != 1 else ""
     file = folder / f"{sampler.role}-{steps.replace(' ', '-')}-seed-{seed}.png"
     picture.save(grid(images, 1), file)
-    clip = [str(save_mp4(images[0], file.with_suffix(".mp4")))] if images.ndim == 5 else []
+    clip = []
+    if images.ndim == 5:
+        clip = [str(save_mp4(images[0], file.with_suffix(".mp4"), sampler.frames_per_second))]
     return [*clip, str(file), f"**{sum(rows)} NFE, {seconds:.3f} s**<br>{steps}, {sampler.scheduler}{guided}"]
 
 

@@ -8,13 +8,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.app.clips import FRAMES_PER_SECOND
 from fewstep.distill import picture
 from fewstep.distill.data import read_prompts
 from fewstep.distill.evaluation import Sampler, Teacher, revisions, student_folder, student_sampler
 from fewstep.distill.sources import valid
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import load_student, resolve
+from fewstep.samplers.load import dtypes, load_student, resolve
 from fewstep.samplers.manifest import read_manifest
 
 ANIMATED = (".gif", ".webp")
@@ -28,16 +27,19 @@ def sampler_of(
     timesteps: list[int] | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    dtype: str = "fp32",
+    eta: float | None = None,
 ) -> Sampler:
     """A student by its own plan, or a pipeline by a stock scheduler; revision and variant are the pipeline's or the base's."""
     revision = revisions([source], revision)[source]
     if student_folder(source) is None:
-        return Teacher(source, revision, variant).sampler(steps, guidance, scheduler, timesteps=timesteps)
-    for option, value in (("--scheduler", scheduler), ("--timesteps", timesteps)):
+        teacher = Teacher(source, revision, variant, loading=dtypes(dtype))
+        return teacher.sampler(steps, guidance, scheduler, timesteps=timesteps, eta=eta)
+    for option, value in (("--scheduler", scheduler), ("--timesteps", timesteps), ("--eta", eta)):
         if value is not None:
             raise UserError(f"{option} {value}: {source} is a student, which samples by its own plan; leave it out")
     needs_base(source, revision, variant)
-    student, manifest = load_student(source, variant=variant, fuse=True, revision=revision)
+    student, manifest = load_student(source, None, variant, dtype == "fp32", revision, **dtypes(dtype))
     return student_sampler(student, manifest, source, steps, guidance)
 
 
@@ -63,6 +65,8 @@ def sample(
     batch_size: int = 16,
     revision: str | None = None,
     variant: str | None = None,
+    dtype: str = "fp32",
+    eta: float | None = None,
 ) -> int:
     """Write a picture: a row of n images for each prompt, image j from seed + j; of clips a row of frames each.
 
@@ -77,7 +81,7 @@ def sample(
     prompts = [valid(prompt, "prompt") for prompt in prompts]
     if out.is_dir():
         raise UserError(f"--out {out}: a folder; name a file in it")
-    sampler = sampler_of(source, steps, guidance, scheduler, timesteps, revision, variant)
+    sampler = sampler_of(source, steps, guidance, scheduler, timesteps, revision, variant, dtype, eta)
     every = [(p, seed + j) for p in prompts for j in range(n)]
     parts = []
     for i in range(0, len(every), batch_size):
@@ -85,7 +89,7 @@ def sample(
         parts.append(sampler.images([p for p, _ in batch], [s for _, s in batch]))
     images = (torch.cat(parts) * 255).round().to(torch.uint8)
     if out.suffix.lower() in ANIMATED and images.ndim == 5:
-        save_clips(images, n, out)
+        save_clips(images, n, out, sampler.frames_per_second)
     else:
         picture.save(grid(images, n), out)
     return len(every)
@@ -99,8 +103,8 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     return picture.to_image(rows.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2))
 
 
-def save_clips(clips: Tensor, columns: int, out: Path, frames_per_second: int = FRAMES_PER_SECOND) -> None:
+def save_clips(clips: Tensor, columns: int, out: Path, frames_per_second: float) -> None:
     """Clips (N, F, 3, H, W) side by side as one animation."""
     first, *rest = [grid(clips[:, f], columns) for f in range(clips.shape[1])]
     with picture.replaced(out) as new:
-        first.save(new, save_all=True, append_images=rest, duration=1000 // frames_per_second, loop=0)
+        first.save(new, save_all=True, append_images=rest, duration=round(1000 / frames_per_second), loop=0)

@@ -16,7 +16,7 @@ from fewstep.distill.prompt_sets import EXAMPLES
 from fewstep.distill.report import teacher_guidance
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import class_of, denoiser_of, family, load_student, resolve
+from fewstep.samplers.load import class_of, denoiser_of, dtypes, family, load_student, resolve
 from fewstep.samplers.manifest import MANIFEST, Manifest, read_manifest
 
 EMBEDDED_TEACHER = "embedded:emoji"
@@ -100,22 +100,22 @@ def _place(source: str) -> str:
     return str(path.resolve()) if path.is_dir() else source
 
 
-def load_source(name: str, revision: str | None = None, variant: str | None = None) -> Source:
+def load_source(name: str, revision: str | None = None, variant: str | None = None, dtype: str = "fp32") -> Source:
     """Load a source and draw once in the fewest steps: the first call of a process is slow, and times are shown.
 
     Revision and variant are those of a pipeline's files, or of a student's base.
     """
-    folder = student_folder(name)
+    folder, loading = student_folder(name), dtypes(dtype)
     if folder is None:
         student, config, base = None, None, name
-        teacher = Teacher(name, revision, variant)
+        teacher = Teacher(name, revision, variant, loading=loading)
         denoiser = denoiser_of(teacher.pipeline)
         shape, step_counts = denoiser.latent_shape(), TEACHER_STEPS
     else:
-        denoiser, manifest = load_student(name, variant=variant, fuse=True, revision=revision)
+        denoiser, manifest = load_student(name, None, variant, dtype == "fp32", revision, **loading)
         student, config, base = (denoiser, manifest), _config(folder), manifest.base
         try:
-            teacher = teacher_of(manifest, config.negative_prompt if config else "", revision, variant)
+            teacher = teacher_of(manifest, config.negative_prompt if config else "", revision, variant, loading)
         except UserError as error:
             raise UserError(f"{name}: its teacher, to be shown beside it, cannot be loaded; {error}") from error
         shape = denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)

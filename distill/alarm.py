@@ -161,7 +161,7 @@ class SampleAlarm:
     def _spread(self, draw: Callable[[], Tensor]) -> float:
         accelerator = self.record.accelerator
         draws = accelerator.is_main_process or not self.alone
-        value = spread(draw()) if draws else torch.zeros((), device=accelerator.device)
+        value = spread(draw()).to(accelerator.device) if draws else torch.zeros((), device=accelerator.device)
         return mean(accelerator, value).item() * (accelerator.num_processes if self.alone else 1)
 
     def keep(self) -> Path | None:

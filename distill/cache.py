@@ -7,6 +7,7 @@ file. Small caches are held in memory, of larger ones the rows are read as they 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,7 @@ from fewstep.distill.config import TrainConfig
 from fewstep.distill.data import DataSet, refuse_unusable
 from fewstep.distill.pictures import Unusable
 from fewstep.samplers.condition import Condition
-from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.denoisers.base import PIXELS, Denoiser
 from fewstep.samplers.errors import UserError
 
 CACHE = "~/.cache/fewstep"
@@ -217,9 +218,11 @@ def latents(
                 images, unread = _each(data.image, list(contents))
                 faults += [*unusable, *unread]
                 if not unusable and not unread:
+                    rows = max(1, PIXELS // math.prod(next(iter(images.values())).shape[-2:]))
+                    parts = torch.stack(list(images.values())).split(rows)
                     with torch.no_grad():
-                        z = denoiser.to_latents(torch.stack(list(images.values())).to(denoiser.device)).cpu()
-                    write(paths[-1], {"latents": z})
+                        z = [denoiser.to_latents(part.to(denoiser.device)).cpu() for part in parts]
+                    write(paths[-1], {"latents": torch.cat(z)})
             done += len(chunk)
             if time.monotonic() - spoke > 10:
                 spoke = time.monotonic()

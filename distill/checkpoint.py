@@ -174,7 +174,9 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     state = optimizer.state_dict()
     tensors, plain = {}, {}
     for index, entries in state["state"].items():
-        for key, value in entries.items():
+        # bitsandbytes has its moments of 8 bits in a dict of their own, and takes them back without it
+        inner = {k: v for d in entries.values() if isinstance(d, dict) for k, v in d.items()}
+        for key, value in ({k: v for k, v in entries.items() if not isinstance(v, dict)} | inner).items():
             (tensors if isinstance(value, Tensor) else plain)[f"{index}.{key}"] = value
     return tensors, {"plain": plain, "param_groups": state["param_groups"]}
 

@@ -19,6 +19,7 @@ EXPECTED = {
     "fewstep.distill.config": ("ConfigError", 2),
     "fewstep.samplers.errors": ("UserError", 2),
     "fewstep.distill.trainer": ("Interrupted", 130),
+    "torch": ("OutOfMemoryError", 2),  # whose message is one line
 }
 """Module, exception and exit code of what a user can cause."""
 

@@ -17,16 +17,18 @@ from torch import nn
 
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Role
+from fewstep.samplers import single_file
 from fewstep.samplers.adapters import bare, checkpointed
 from fewstep.samplers.attention import use_attention, why_not
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import DTYPES, dtypes, index_of, load, resolve
+from fewstep.samplers.manifest import holds_lora
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LOWER = {"fp16": torch.float16, "bf16": torch.bfloat16}
-DTYPES = {"fp32": torch.float32, **LOWER}
 VARIANTS = 64
 """Compiled forms of one network: each adapter, with and without gradients, each batch size."""
 KEPT = {-1: 2**30, -3: 2**25}
@@ -107,14 +109,8 @@ def _bitsandbytes(key: str, instead: str) -> Any:
 
 
 def loading(config: TrainConfig, networks: Iterable[str]) -> dict[str, Any]:
-    """Arguments of the teacher's `from_pretrained`: types of its weights, and the quantisation of its networks.
-
-    The autoencoder stays in float32: those of SDXL and SD 2 overflow in float16.
-    """
-    dtype = DTYPES[config.base_dtype]
-    arguments: dict[str, Any] = {}
-    if config.base_dtype != "fp32":
-        arguments["torch_dtype"] = {"default": dtype, "vae": torch.float32}
+    """Arguments of the teacher's `from_pretrained`: types of its weights, and the quantisation of its networks."""
+    arguments, dtype = dtypes(config.base_dtype), DTYPES[config.base_dtype]
     if config.quantization_config is not None:
         from diffusers import PipelineQuantizationConfig
 
@@ -126,6 +122,15 @@ def loading(config: TrainConfig, networks: Iterable[str]) -> dict[str, Any]:
             components_to_quantize=list(networks),
         )
     return arguments
+
+
+def unquantised(config: TrainConfig, family: type[Denoiser]) -> Denoiser:
+    """The teacher's networks as its files have them, in bfloat16 on the CPU, without its encoders and its autoencoder."""
+    others: dict[str, None] = {}
+    if single_file.split(config.teacher) is None and not holds_lora(resolve(config.teacher)):
+        modules = single_file.modules(index_of(config.teacher, config.revision))
+        others = {name: None for name in modules if name not in family.network_names}
+    return load(config.teacher, config.revision, config.variant, torch_dtype=torch.bfloat16, **others)
 
 
 def cast_base(config: TrainConfig, teacher: Denoiser) -> None:

@@ -7,7 +7,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +64,11 @@ class Sampler:
     solver: Any
     images: Callable[[Sequence[str], Sequence[int]], Tensor]
 
+    @property
+    def frames_per_second(self) -> float:
+        """Of clips."""
+        return family(type(self.pipeline).__name__).frames_per_second(self.pipeline)
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -87,6 +92,7 @@ class Teacher:
         revision: of a hub id.
         variant: of the weights' files.
         negative_prompt: of every image.
+        loading: further arguments of `load_pipeline`, such as `dtypes("bf16")`.
         size: height, width, num_frames; None: the pipeline's own.
     """
 
@@ -96,10 +102,11 @@ class Teacher:
         revision: str | None = None,
         variant: str | None = None,
         negative_prompt: str = "",
+        loading: Mapping[str, Any] | None = None,
         **size: int | None,
     ):
         self.source, self.negative_prompt, self.size = source, negative_prompt, size
-        self.pipeline: Any = load_pipeline(source, revision, variant).to(device())
+        self.pipeline: Any = load_pipeline(source, revision, variant, **(loading or {})).to(device())
         self.own = self.pipeline.scheduler
 
     @property
@@ -115,6 +122,7 @@ class Teacher:
         scheduler: str | None = None,
         spacing: str | None = None,
         timesteps: Sequence[int] | None = None,
+        eta: float | None = None,
     ) -> Sampler:
         """The teacher in `steps` steps; guidance defaults to the pipeline's, the rest to the best known for few steps.
 
@@ -126,6 +134,8 @@ class Teacher:
             raise UserError(f"timesteps {','.join(map(str, timesteps))}: {len(timesteps)} of them for {steps} steps")
         if guidance is not None and not math.isfinite(guidance):
             raise UserError(f"guidance scale {guidance}: must be a number")
+        if eta is not None and not 0 <= eta <= 1:
+            raise UserError(f"eta {eta}: must be from 0 to 1")
         usual = self.guidance_scale
         scale = 1.0 if usual is None else usual if guidance is None else guidance
         name = scheduler or default_scheduler(self.own)
@@ -133,12 +143,15 @@ class Teacher:
             spacing = "trailing"
         solver = scheduler_of(self.own, name, spacing)
         said = type(solver).__name__.removesuffix("Scheduler") if name == "own" else name
-        how = spacing if timesteps is None else ",".join(map(str, timesteps))
+        if eta is not None and "eta" not in inspect.signature(solver.step).parameters:
+            raise UserError(f"eta: {type(solver).__name__} has none; scheduler ddim or tcd does")
+        how = [spacing] if timesteps is None else [",".join(map(str, timesteps))]
+        how = ", ".join([*filter(None, how), *([] if eta is None else [f"eta {eta:g}"])])
 
         def images(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             self.pipeline.scheduler = solver
             return stock_images(
-                self.pipeline, prompts, seeds, steps, scale, self.negative_prompt, timesteps, **self.size
+                self.pipeline, prompts, seeds, steps, scale, self.negative_prompt, timesteps, eta, **self.size
             )
 
         names = family(type(self.pipeline).__name__).network_names
@@ -148,12 +161,16 @@ class Teacher:
 
 
 def teacher_of(
-    manifest: Manifest, negative_prompt: str = "", revision: str | None = None, variant: str | None = None
+    manifest: Manifest,
+    negative_prompt: str = "",
+    revision: str | None = None,
+    variant: str | None = None,
+    loading: Mapping[str, Any] | None = None,
 ) -> Teacher:
     """The teacher that a student was made from, for samples of the student's size; its files are the manifest's unless told."""
     size = {"height": manifest.height, "width": manifest.width, "num_frames": manifest.num_frames}
     files = (revision or manifest.revision, variant or manifest.variant)
-    return Teacher(manifest.base, *files, negative_prompt, **size)
+    return Teacher(manifest.base, *files, negative_prompt, loading, **size)
 
 
 def student_sampler(

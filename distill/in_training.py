@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.distill import cache, report
 from fewstep.distill.config import ConfigError, TrainConfig
+from fewstep.distill.efficiency import autocast
 from fewstep.distill.eval_config import PREFIX
 from fewstep.distill.evaluation import device, reference_pictures, same_size
 from fewstep.distill.evaluation import figures as of_pictures
@@ -51,7 +52,7 @@ class InTraining:
         given = {"prompts", "clips" if len(shape) == 4 else "images"} | ({"embedded"} if prompts.embedded else set())
         given |= {"variants"} if len(set(prompts.groups)) < len(prompts) else set()
         check(self.names, given | {"reference"}, prompts.name)
-        self.batch = config.train_batch_size
+        self.batch, self.precision = config.train_batch_size, config.mixed_precision
         self.judges = Judges(config.eval_weights, device(), "eval_weights: {}".format)
         self.judges.load(self.names)
         self.real = reference_pictures(prompts, self.names)
@@ -65,7 +66,8 @@ class InTraining:
         for i in range(0, len(self.prompts), self.batch):
             rows = range(i, min(i + self.batch, len(self.prompts)))
             condition = self.condition[rows].to(student.device)
-            latents = sample(student, condition, self.plan, [self.prompts.seeds[r] for r in rows], self.shape)
+            with autocast(self.precision, student.device):
+                latents = sample(student, condition, self.plan, [self.prompts.seeds[r] for r in rows], self.shape)
             parts.append((student.decode(latents).cpu() * 255).round().to(torch.uint8))
         return torch.cat(parts)
 

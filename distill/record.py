@@ -22,11 +22,12 @@ from torch import Tensor
 from fewstep.distill import checkpoint
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Distiller
+from fewstep.distill.efficiency import autocast
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.manifest import check_weights, read_manifest
-from fewstep.samplers.plan import sample, uniform_plan
+from fewstep.samplers.plan import SamplingPlan, sample, uniform_plan
 from fewstep.samplers.router import ROUTER
 
 MAY_CHANGE = {
@@ -263,6 +264,10 @@ class Record:
         """Fix what the previews show: these conditions, one seed each."""
         self.preview_condition, self._teacher = condition, (teacher, None)
 
+    def forget(self) -> None:
+        """Let the previews' teacher go, once the last is drawn."""
+        self.preview_condition = self._teacher = None
+
     def preview(self, method: Distiller, student: Denoiser, iteration: int, teacher_steps: int = 20) -> None:
         """A picture: the teacher's row, and one row for each step count of the student, same noise."""
         # of sharded networks every process samples the same, since each call needs the parts of all
@@ -275,14 +280,20 @@ class Record:
         seeds = [self.config.seed + i for i in range(condition.size)]
         teacher, picture = self._teacher
         shape = pixels_shape(self.config, student)
+
+        def drawn(denoiser: Denoiser, plan: SamplingPlan) -> Tensor:
+            with autocast(self.accelerator.mixed_precision, self.accelerator.device):
+                latents = sample(denoiser, condition, plan, seeds, shape)
+            return pictures(student, latents)
+
         if picture is None:
             scale = self.config.validation_guidance_scale or getattr(self.config, "guidance_scale", 1.0)
             plan = uniform_plan(teacher_steps, scale)
-            picture = pictures(student, sample(teacher, condition, plan, seeds, shape))
+            picture = drawn(teacher, plan)
             self._teacher = teacher, picture
         rows = [picture]
         for steps in sorted(method.step_counts, reverse=True):
-            rows.append(pictures(student, sample(student, condition, method.plan(steps), seeds, shape)))
+            rows.append(drawn(student, method.plan(steps)))
         if not self.accelerator.is_main_process:
             return
         path = self.folder / "samples" / f"step-{iteration:06d}.png"

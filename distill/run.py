@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from fewstep.distill import cache, efficiency, in_training, report, safeguards, sharding
 from fewstep.distill import data as data_sets
@@ -145,7 +146,11 @@ def _fit(
     files = source(config, backbone.clips) if data is None else None
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, log_with=config.report_to, project_dir=str(config.run_dir)
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_dir=str(config.run_dir),
+        # the others wait while one process caches, writes or draws, which may take longer than torch's ten minutes
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
     )
     efficiency.keep_freed_memory(accelerator.device)
     sharding.refuse_launch(config, accelerator)
@@ -185,9 +190,7 @@ def _fit(
         scale, size = getattr(config, "guidance_scale", 1.0), (config.height, config.width, config.num_frames)
         reference = safeguards.preflight(teacher, data.captions, config.negative_prompt, scale, size, record.say)
     weights = safeguards.checksums(teacher)
-    mark = fingerprint(
-        teacher if config.quantization_config is None else load(config.teacher, config.revision, config.variant)
-    )
+    mark = fingerprint(teacher if config.quantization_config is None else efficiency.unquantised(config, backbone))
     keep_encoder = getattr(config, "train_text_encoder", False)
     with accelerator.main_process_first():
         condition = None if keep_encoder else cache.conditions(config, teacher, data.captions)
@@ -267,4 +270,6 @@ def _fit(
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
+    record.forget()
+    accelerator.free_memory()  # it holds the optimisers, and they the weights and their moments
     return record, True

@@ -4,7 +4,6 @@ in `alarm.py`, a student that collapses. No method knows of them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -133,7 +132,7 @@ def _stock_samples(
     rest = {k: v for k, v in call.arguments.items() if k not in ("num_inference_steps", "guidance_scale")}
     rest |= dict(zip(("height", "width", "num_frames"), size, strict=True))
     scale = call.arguments.get("guidance_scale", 1.0)
-    with _following(teacher.pipeline, scheduler, call), _one_dtype(teacher):
+    with _following(teacher.pipeline, scheduler, call):
         return stock_images(teacher.pipeline, prompts, seeds, STEPS, scale, negative, **rest)
 
 
@@ -151,20 +150,6 @@ def _following(pipeline: Any, scheduler: Any, call: StockCall) -> Iterator[None]
         yield
     finally:
         pipeline.scheduler = own
-
-
-@contextmanager
-def _one_dtype(teacher: Denoiser) -> Iterator[None]:
-    """Within the block the decoder has the network's type, as the stock call expects; a copy, for it would stay rounded."""
-    pipeline, dtype = teacher.pipeline, teacher.network.dtype
-    vae = getattr(pipeline, "vae", None)
-    if vae is not None and vae.dtype != dtype:
-        pipeline.vae = copy.deepcopy(vae).to(dtype)
-    try:
-        yield
-    finally:
-        if vae is not None:
-            pipeline.vae = vae
 
 
 def checksums(denoiser: Denoiser) -> dict[str, int]:

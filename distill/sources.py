@@ -85,11 +85,12 @@ def valid(text: str, where: str) -> str:
 def folder(root: Path, column: str = "text") -> Source:
     """Images and clips below a folder; captions in a `metadata.jsonl` beside them, or in a `.txt` of the same name."""
     # unlike Path.rglob this follows linked folders; a link that leads nowhere is refused when it is opened
-    found = map(Path, glob.iglob(os.path.join(glob.escape(str(root)), "**", "*"), recursive=True, include_hidden=True))
+    walk = glob.iglob(os.path.join(glob.escape(str(root)), "**", "*"), recursive=True, include_hidden=True)
+    found = sorted(map(Path, walk))
     paths = sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.is_dir())
     if not paths:
         raise UserError(f"train_data {root}: no images or clips there ({', '.join(SUFFIXES)})")
-    listed = _metadata(root, column)
+    listed = _metadata([p for p in found if p.name == "metadata.jsonl"], column)
     missing = sorted(str(p.relative_to(root)) for p in listed.keys() - set(paths))
     if missing:
         raise UserError(
@@ -116,10 +117,10 @@ def folder(root: Path, column: str = "text") -> Source:
     return Source([str(p) for p in paths], texts, read)
 
 
-def _metadata(root: Path, column: str) -> dict[Path, tuple[str, ...]]:
-    """Captions by file, of every `metadata.jsonl` below a folder: {"file_name": ..., "text": ...} in each line."""
+def _metadata(paths: Sequence[Path], column: str) -> dict[Path, tuple[str, ...]]:
+    """Captions by file, of every `metadata.jsonl`: {"file_name": ..., "text": ...} in each line."""
     found = {}
-    for path in sorted(root.rglob("metadata.jsonl")):
+    for path in paths:
         for number, line in enumerate(read_text(path, "captions").split("\n"), 1):
             if not line.strip():
                 continue

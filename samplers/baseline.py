@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.samplers.denoisers.base import rows_at_once
 from fewstep.samplers.errors import UserError, reason
 from fewstep.samplers.load import family
 from fewstep.samplers.plan import generators
@@ -72,6 +74,8 @@ def scheduler_of(own: Any, name: str = "own", spacing: str | None = None) -> Any
     class_name, fixed = SCHEDULERS[name]
     options |= fixed
     shift = config.get("flow_shift") or config.get("shift") or 1.0
+    if name == "ddim":  # whose default clips, to a range that latents leave
+        options |= {"clip_sample": bool(config.get("clip_sample"))}
     if flow and name in ("ddim", *OF_STUDENTS):
         raise UserError(
             f"scheduler {name}: cannot run on the levels of a flow; allowed: own, dpmsolver++, euler, unipc"
@@ -102,6 +106,7 @@ def stock_images(
     guidance_scale: float = 1.0,
     negative_prompt: str = "",
     timesteps: Sequence[int] | None = None,
+    eta: float | None = None,
     **size: int | None,
 ) -> Tensor:
     """Images (B, 3, H, W) or clips (B, F, 3, H, W) in 0..1, on the CPU, from the pipeline's own `__call__`.
@@ -114,6 +119,7 @@ def stock_images(
         guidance_scale: 1 = none.
         negative_prompt: of every row.
         timesteps: instead of the scheduler's own choice, as many as `steps`.
+        eta: share of fresh noise in a step of DDIM or TCD, 0 to 1; default: the call's own, 0.
         size: height, width, num_frames where they are not the pipeline's own.
     """
     takes = inspect.signature(pipeline.__call__).parameters
@@ -126,6 +132,8 @@ def stock_images(
             wanted["negative_prompt"] = [negative_prompt] * len(prompts)
     if timesteps is not None:
         wanted["timesteps"] = list(timesteps)
+    if eta is not None:
+        wanted["eta"] = eta
     if "use_resolution_binning" in takes:
         wanted["use_resolution_binning"] = False  # the size that was asked, not the nearest of a list
     unknown = [k for k in wanted if k not in takes]
@@ -136,7 +144,7 @@ def stock_images(
             f"timesteps: {type(pipeline.scheduler).__name__} takes none of its own; scheduler lcm or tcd does"
         )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _decoding(pipeline):
             out = pipeline(generator=generators(seeds), num_inference_steps=steps, **wanted)
     except ValueError as error:  # steps, times and sizes that the pipeline or its scheduler does not take
         raise UserError(f"{type(pipeline).__name__}, {steps} steps: {reason(error)}") from error
@@ -144,6 +152,28 @@ def stock_images(
     if not isinstance(images, Tensor):
         images = torch.from_numpy(images).movedim(-1, -3)
     return images.float().clamp(0, 1).cpu()
+
+
+@contextmanager
+def _decoding(pipeline: Any) -> Iterator[None]:
+    """Within the block the autoencoder takes latents of any type, few rows at a time: it may be in float32 beside others."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        yield
+        return
+    decode = vae.decode
+
+    def in_parts(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        parts = [decode(x, *args, **kwargs) for x in z.to(vae.dtype).split(rows_at_once(pipeline, z))]
+        if isinstance(parts[0], tuple):  # return_dict=False
+            return (torch.cat([part[0] for part in parts]),)
+        return replace(parts[0], sample=torch.cat([part.sample for part in parts]))
+
+    vae.decode = in_parts
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 @contextmanager

@@ -14,13 +14,13 @@ import yaml
 
 from fewstep.samplers import single_file
 from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.hub import is_hub_id
 from fewstep.samplers.load import config_of, index_of, resolve
 from fewstep.samplers.manifest import Manifest
 from fewstep.samplers.stock import StockCall
 
 PROMPTS = ["a red apple on a blue background", "a cat"]
 PIPE = "DiffusionPipeline"
-FPS = 16  # of clips, as Wan's
 
 
 def snippet(
@@ -68,12 +68,18 @@ def snippet(
     rows |= _coded({k: v for k, v in sizes.items() if v is not None})
     rows |= {"callback_on_step_end": "switch"} if call.adapters else {}
     called = partial(_call, "pipe", **rows, **_coded(call.arguments), generator="generators")
-    if _clip(denoiser):
+    if frames := denoiser.frames(manifest.num_frames):
+        shown = f"duration={round(1000 / frames[1])}, loop=0"
         lines.append(f"clip, *_ = {called(output_type=code('pil'))}.frames")
-        lines.append(f'clip[0].save("clip.gif", save_all=True, append_images=clip[1:], duration={1000 // FPS}, loop=0)')
+        lines.append(f'clip[0].save("clip.gif", save_all=True, append_images=clip[1:], {shown})')
     else:
         lines += [f"image, *_ = {called()}.images", 'image.save("image.png")']
     return "\n".join(lines) + "\n"
+
+
+def _place(base: str) -> str:
+    """Where diffusers finds a base: it knows no `embedded:`, but a student on the hub by its id, on any machine."""
+    return base if is_hub_id(base) and not Path(base).exists() else resolve(base)
 
 
 def _base(manifest: Manifest) -> tuple[list[str], dict[str, set[str]]]:
@@ -81,7 +87,7 @@ def _base(manifest: Manifest) -> tuple[list[str], dict[str, set[str]]]:
     files = _coded({k: v for k in ("revision", "variant") if (v := getattr(manifest, k))})
     file = single_file.split(manifest.base)
     if file is None:
-        base = code(resolve(manifest.base))  # diffusers knows no `embedded:`
+        base = code(_place(manifest.base))
         called = _call(f"{PIPE}.from_pretrained", base, **files, torch_dtype="torch.float32")
         return [f"pipe = {called}"], {"diffusers": {PIPE}}
     config, index = code(config_of(manifest.base, manifest.revision)), index_of(manifest.base, manifest.revision)
@@ -118,11 +124,11 @@ def card(
     config: str | None = None,
 ) -> str:
     """The README.md of a student, with the hub's front matter; arguments as in `snippet`, `config` the run's YAML."""
-    lora, base, steps = manifest.kind == "lora", resolve(manifest.base), sorted(manifest.plans, reverse=True)
+    lora, base, steps = manifest.kind == "lora", _place(manifest.base), sorted(manifest.plans, reverse=True)
     hub = not (Path(base).exists() or single_file.split(base))
     text = "prompt" in inspect.signature(type(denoiser.pipeline).__call__).parameters
     task = "text-to-image" if text else "unconditional-image-generation"  # the hub has no task of classes
-    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-video" if _clip(denoiser) else task}
+    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-video" if denoiser.clips else task}
     if hub:  # the hub knows no folders
         front |= {"base_model": base, "base_model_relation": "adapter" if lora else "finetune"}
     front["tags"] = ["fewstep", "distillation", manifest.method, *(["lora"] if lora else [])]
@@ -197,11 +203,6 @@ def _call(function: str, *positional: str, **keywords: str) -> str:
     if len(line) <= 110:
         return line
     return f"{function}(\n" + "".join(f"    {a},\n" for a in arguments) + ")"
-
-
-def _clip(denoiser: Denoiser) -> bool:
-    """Whether it makes clips: latents (C, frames, height, width)."""
-    return len(denoiser.latent_shape()) == 4
 
 
 def _prompts(denoiser: Denoiser, config: str | None) -> list[str]:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fewstep.samplers import foreign, single_file
 from fewstep.samplers.adapters import Adapted
@@ -42,6 +45,7 @@ FAMILIES = {  # _class_name in model_index.json
 }
 
 EMBEDDED = Path(__file__).parent / "assets"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def family(class_name: str) -> type[Denoiser]:
@@ -138,10 +142,20 @@ def config_of(source: str | Path, revision: str | None = None) -> str:
     return config
 
 
+def dtypes(name: str) -> dict[str, Any]:
+    """Arguments of the loaders for weights of one of `DTYPES`; the autoencoder stays in float32: SDXL's overflows in float16."""
+    if name not in DTYPES:
+        raise UserError(f"dtype {name}: unknown; allowed: {', '.join(DTYPES)}")
+    return {"torch_dtype": {"default": DTYPES[name], "vae": torch.float32}}
+
+
 def load_pipeline(
     source: str | Path, revision: str | None = None, variant: str | None = None, **components: Any
 ) -> Any:
     """The stock pipeline of a source: `.safetensors` only, no remote code, no safety checker.
+
+    Weights are in float32 unless `torch_dtype` is among `components`, those of text encoders too, which transformers
+    loads in the type of their files.
 
     Raises:
         UserError: whatever is wrong with the source, in one line.
@@ -151,11 +165,12 @@ def load_pipeline(
     base, loras = parts(source)
     name = class_of(base, revision)
     family(name)
-    extra: dict[str, Any] = dict(components)
+    extra: dict[str, Any] = {"torch_dtype": torch.float32, **components}
     if name == "StableDiffusionPipeline":
         extra |= {"safety_checker": None, "requires_safety_checker": False}
     cls, file = getattr(diffusers, name), single_file.split(base)
-    with one_line(f"{base}: cannot be loaded as {name}"):
+    with one_line(f"{base}: cannot be loaded as {name}"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch_dtype`", FutureWarning)  # the oldest diffusers here knows no `dtype`
         if file is None:
             pipeline = cls.from_pretrained(
                 resolve(base), revision=revision, variant=variant, use_safetensors=True, **extra
@@ -173,7 +188,7 @@ def load_pipeline(
 
 
 def load(source: str | Path, revision: str | None = None, variant: str | None = None, **components: Any) -> Denoiser:
-    """The denoiser of a source, weights in float32 unless `torch_dtype` is among `components`.
+    """The denoiser of a source; its weights as `load_pipeline` says.
 
     A LoRA is added into the weights: what is loaded here may be a teacher, and gets adapters of its own.
     """

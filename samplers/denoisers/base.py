@@ -22,6 +22,16 @@ from fewstep.samplers.noise_config import from_scheduler
 from fewstep.samplers.router import Router
 from fewstep.samplers.rules import add_noise
 
+PIXELS = 2**20
+"""That an autoencoder sees at once: one image of 1024x1024, whose activations in float32 take some GiB."""
+
+
+def rows_at_once(pipeline: Any, latents: Tensor) -> int:
+    """How many rows of latents (B, C, [frames,] h, w) are decoded in one call."""
+    factor = getattr(pipeline, "vae_scale_factor_spatial", None) or getattr(pipeline, "vae_scale_factor", 1)
+    frames = latents.shape[2] * getattr(pipeline, "vae_scale_factor_temporal", 1) if latents.ndim == 5 else 1
+    return max(1, PIXELS // (frames * factor**2 * latents.shape[-2] * latents.shape[-1]))
+
 
 class Denoiser(ABC):
     """A pipeline's network as a function from (x_t, t, condition) to a prediction.
@@ -280,8 +290,12 @@ class Denoiser(ABC):
         return unconditional + g * (conditional - unconditional)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch_size: int = 64) -> Tensor:
-        """Latents to images or clips in 0..1, clamped, on the CPU, a batch at a time; a resting decoder visits the device."""
+    def decode(self, latents: Tensor, batch_size: int | None = None) -> Tensor:
+        """Latents to images or clips in 0..1, clamped, on the CPU, a batch at a time; a resting decoder visits the device.
+
+        The batch is `rows_at_once` by default.
+        """
+        batch_size = batch_size or rows_at_once(self.pipeline, latents)
         vae = getattr(self.pipeline, "vae", None)
         home = None if vae is None else next(vae.parameters()).device
         if vae is not None:
@@ -313,6 +327,11 @@ class Denoiser(ABC):
     def frames(self, frames: int | None = None) -> tuple[int, float] | None:
         """How many frames a clip has, default the pipeline's own number, and how many a second; None of images."""
         return None
+
+    @staticmethod
+    def frames_per_second(pipeline: Any) -> float:
+        """Of a pipeline's clips."""
+        raise NotImplementedError(f"{type(pipeline).__name__} makes images")
 
     def with_guidance_input(self) -> Denoiser:
         """The same denoiser around networks that also take a guidance scale and ignore it until trained."""

@@ -87,8 +87,12 @@ class Wan(Denoiser):
         return config.in_channels, (frames - 1) // stride + 1, height // factor, width // factor
 
     def frames(self, frames: int | None = None) -> tuple[int, float] | None:
-        """16 a second, of Wan 2.2 TI2V 5B, which tells a time for each token, 24."""
-        return frames or FRAMES, 24 if self.pipeline.config.expand_timesteps else 16
+        return frames or FRAMES, self.frames_per_second(self.pipeline)
+
+    @staticmethod
+    def frames_per_second(pipeline: Any) -> float:
+        """16, of Wan 2.2 TI2V 5B, which tells a time for each token, 24."""
+        return 24 if pipeline.config.expand_timesteps else 16
 
     def to_latents(self, images: Tensor) -> Tensor:
         vae = self.pipeline.vae

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.app.clips import FRAMES_PER_SECOND, ffmpeg, save_mp4
+from fewstep.app.clips import ffmpeg, save_mp4
 
 
 def frames(path: Path) -> tuple[dict[str, Any], np.ndarray]:
@@ -23,7 +23,7 @@ def test_an_mp4_shows_its_clip(tmp_path: Path):
     """Flat colours survive but for rounding; sides are made even, which H.264 needs."""
     colours = torch.tensor([[200, 40, 40], [40, 200, 40], [40, 40, 200]], dtype=torch.uint8)
     clip = colours[:, :, None, None].expand(3, 3, 33, 47)
-    meta, played = frames(save_mp4(clip, tmp_path / "a.mp4"))
-    assert (meta["fps"], meta["codec"], meta["pix_fmt"][:7]) == (FRAMES_PER_SECOND, "h264", "yuv420p")
+    meta, played = frames(save_mp4(clip, tmp_path / "a.mp4", 24))
+    assert (meta["fps"], meta["codec"], meta["pix_fmt"][:7]) == (24, "h264", "yuv420p")
     assert played.shape == (3, 32, 46, 3)
     assert np.abs(played - colours.numpy()[:, None, None]).max() <= 6

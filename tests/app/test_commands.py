@@ -63,9 +63,9 @@ def test_clips_become_an_animation_or_rows_of_frames(tmp_path: Path):
     from fewstep.app.sample import grid, save_clips
 
     clips = torch.arange(2 * 3, dtype=torch.uint8).view(2, 3, 1, 1, 1).expand(2, 3, 3, 8, 8) * 40
-    save_clips(clips, 2, tmp_path / "a.gif")
+    save_clips(clips, 2, tmp_path / "a.gif", 10)
     with Image.open(tmp_path / "a.gif") as animation:
-        assert (animation.n_frames, animation.size) == (3, (16, 8))
+        assert (animation.n_frames, animation.size, animation.info["duration"]) == (3, (16, 8), 100)
         animation.seek(2)
         assert [animation.convert("RGB").getpixel(p) for p in ((0, 0), (8, 0))] == [(80,) * 3, (200,) * 3]
     assert [grid(clips, 2).getpixel((8 * i, 8)) for i in range(3)] == [(120,) * 3, (160,) * 3, (200,) * 3]
@@ -96,7 +96,7 @@ def test_sample_keeps_the_picture_that_was_there(fewstep: Command, teacher: Path
         picture.save(Image.new("RGB", (17000, 16)), out)
     for size, name in ((17000, "w.webp"), (70000, "w.gif")):
         with pytest.raises(UserError, match="cannot be written"):
-            save_clips(torch.zeros(1, 2, 3, 1, size, dtype=torch.uint8), 1, tmp_path / name)
+            save_clips(torch.zeros(1, 2, 3, 1, size, dtype=torch.uint8), 1, tmp_path / name, 16)
     assert out.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["small.webp", "w.webp"]
     answer = fewstep("sample", teacher, "-p", "caf\udce9", "--steps", 1, "--out", out)

@@ -35,12 +35,22 @@ def test_sample_takes_its_scheduler_and_timesteps(fewstep: Command, source: str,
     assert torch.equal(pixels, (image * 255).round().to(torch.uint8).permute(1, 2, 0).flatten())
     answer = fewstep("sample", source, "-p", "a cat", "--steps", 4, *own, "--out", out)
     assert (answer.code, answer.err) == (2, "timesteps 999,499: 2 of them for 4 steps\n")
+    drawn = []
+    for extra in ([], ["--eta", 0.3], ["--eta", 0.3, "--dtype", "bf16"]):
+        answer = fewstep("sample", source, "-p", "a cat", "-n", 1, "--scheduler", "tcd", *extra, "--out", out)
+        assert answer.code == 0, answer.err
+        drawn.append(torch.frombuffer(bytearray(Image.open(out).tobytes()), dtype=torch.uint8).float())
+    assert (drawn[0] - drawn[1]).abs().max() > 1
+    assert 0 < (drawn[1] - drawn[2]).abs().mean() < 10
 
 
 def test_a_student_of_ours_has_its_own_steps(fewstep: Command, trained: Path, tmp_path: Path):
     answer = fewstep("sample", trained, "-p", "a cat", "--timesteps", "999,499", "--out", tmp_path / "x.png")
     assert answer.code == 2
     assert "is a student, which samples by its own plan; leave it out" in answer.err
+    answer = fewstep("sample", trained, "-p", "a cat", "--eta", 0.3, "--out", tmp_path / "x.png")
+    assert answer.code == 2
+    assert answer.err.startswith("--eta 0.3: ")
 
 
 def test_evaluate_puts_it_beside_its_teacher(fewstep: Command, teacher: Path, source: str, tmp_path: Path):

@@ -166,6 +166,18 @@ def test_an_interrupted_run_says_its_line_and_exits_with_130(
     assert fewstep("train", config) == (130, "", "stopped at iteration 1 of 2; go on with --resume\n")
 
 
+def test_a_device_that_is_too_small_is_one_line(fewstep: Command, config: Path, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    from fewstep.distill import run
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(run, "train", fail)
+    assert fewstep("train", config) == (2, "", "CUDA out of memory. Tried to allocate 2.00 GiB.\n")
+
+
 def test_a_bug_is_no_user_error(fewstep: Command, config: Path, monkeypatch: pytest.MonkeyPatch):
     """Its traceback must reach the one who can report it."""
     from fewstep.distill import run

@@ -273,6 +273,17 @@ def test_when_a_look_at_samples_speaks(spreads: list[float], reference: float, s
     assert shown(spreads, reference)[0] == stops
 
 
+def test_a_spread_is_sent_from_the_device(monkeypatch: pytest.MonkeyPatch):
+    """A data set's latents are on the CPU, and NCCL takes none from there."""
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(alarms, "mean", lambda accelerator, value: sent.append(value) or torch.ones(()))
+    record: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(device=torch.device("meta"), is_main_process=True, num_processes=1)
+    )
+    SampleAlarm(lambda: torch.randn(4, 3), lambda: torch.randn(4, 3), 1, record).look(0)
+    assert [value.device.type for value in sent] == ["meta", "meta"]
+
+
 def test_the_alarm_of_samples_resumes_where_it_was():
     spreads = [1.0, 0.9, 0.2, 0.2]
     _, state = shown(spreads[:3], 1.0)

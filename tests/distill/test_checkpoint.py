@@ -247,11 +247,27 @@ def step(parameters: list[Any], optimizer: torch.optim.Optimizer, iterations: ra
         optimizer.step()
 
 
+class Wrapping(torch.optim.AdamW):
+    """Has its moments in a dict inside its state, as bitsandbytes since 0.49, and takes them back without it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        found = super().state_dict()
+        state = {
+            i: {"step": s["step"], "__quant_state__": {k: v for k, v in s.items() if k != "step"}}
+            for i, s in found["state"].items()
+        }
+        return found | {"state": state}
+
+
 @pytest.mark.parametrize("at", [1, 5])
 @pytest.mark.parametrize(
     "optimizer_of",
-    [lambda p: torch.optim.AdamW(p, 0.1, (0.8, 0.9), weight_decay=0.1), lambda p: torch.optim.SGD(p, 0.1, 0.9)],
-    ids=["adamw", "sgd"],
+    [
+        lambda p: torch.optim.AdamW(p, 0.1, (0.8, 0.9), weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, 0.1, 0.9),
+        lambda p: Wrapping(p, 0.1, (0.8, 0.9), weight_decay=0.1),
+    ],
+    ids=["adamw", "sgd", "in a dict"],
 )
 def test_an_optimiser_goes_on_bit_for_bit(tmp_path: Path, optimizer_of: Callable[..., Any], at: int):
     """Through files, also where a parameter has no state yet."""

@@ -23,7 +23,7 @@ from fewstep.distill.run import refuse, train
 from fewstep.samplers.adapters import Adapted, adapters_added, bare, checkpointed
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import denoiser_of, load
+from fewstep.samplers.load import denoiser_of, dtypes, load
 from tests.distill.runs import config, metrics, write_images
 from tests.distill.test_networks import ask, gradients, three
 from tests.pipelines import tiny_dit, tiny_pixart, tiny_stable_diffusion, tiny_wan
@@ -289,7 +289,7 @@ def test_a_quantised_base_is_diffusers_own(settings: Callable[..., Any], monkeyp
     assert nf4["torch_dtype"] == {"default": torch.bfloat16, "vae": torch.float32}
     int8 = efficiency.loading(settings(quantization_config="int8"), ["unet"])["quantization_config"]
     assert (int8["quant_backend"], int8["quant_kwargs"]) == ("bitsandbytes_8bit", {"load_in_8bit": True})
-    assert efficiency.loading(settings(), ["unet"]) == {}
+    assert efficiency.loading(settings(), ["unet"]) == dtypes("fp32")
     with pytest.raises(ConfigError, match=r"^config: quantization_config: needs student: lora; .*; got 'int8'$"):
         settings(quantization_config="int8", student="full")
     with pytest.raises(UserError, match="quantization_config: weights are quantised while they load"):

@@ -159,10 +159,15 @@ def test_a_shard_that_cannot_be_read(tmp_path: Path):
 
 
 def test_links_are_followed_and_none_is_left_out(tmp_path: Path):
-    """A linked folder's images, a hidden file; a link that leads nowhere is refused where it is read."""
-    write_images(tmp_path / "far", 2)
+    """A linked folder's images and list, a hidden file; a link that leads nowhere is refused where it is read."""
+    far = write_images(tmp_path / "far", 2)
+    for i, image in enumerate(sorted(far.glob("*.png"))):
+        image.with_suffix(".txt").unlink()
+        with (far / "metadata.jsonl").open("a") as file:
+            file.write(json.dumps({"file_name": image.name, "text": f"listed {i}"}) + "\n")
     home = write_images(tmp_path / "near", 1)
     (home / "linked").symlink_to(tmp_path / "far")
+    assert [t for t in folder(home).texts if t[0].startswith("listed")] == [("listed 0",), ("listed 1",)]
     assert len(folder(home).names) == 3
     (home / "gone.png").symlink_to(tmp_path / "nowhere.png")
     (home / "gone.txt").write_text("a")

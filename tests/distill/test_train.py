@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +25,7 @@ from fewstep.distill.run import train
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
+from fewstep.samplers.plan import sample
 from tests.distill.runs import config, metrics, write_images
 from tests.pipelines import tiny_stable_diffusion
 
@@ -60,6 +63,50 @@ def test_previews_change_nothing(settings: Callable[..., Any], kind: str):
     assert first.shape == (3 * 16 + 4 * 2, 3 * 16 + 4 * 2, 3)  # with two pixels between and around
     assert (first[:18] == second[:18]).all()  # the teacher's
     assert (first[20:] != second[20:]).any()
+
+
+def test_pictures_are_drawn_in_the_precision_of_training(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    """Kernels of half precision take nothing else; the decoder keeps its own."""
+    seen: list[bool] = []
+
+    def noting(*arguments: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return sample(*arguments)
+
+    for module in ("record", "in_training"):
+        monkeypatch.setattr(f"fewstep.distill.{module}.sample", noting)
+    shown = {"validation_prompts": ["a cat"], "eval_steps": 2, "eval_num": 4, "eval_metrics": ["pixel_distance"]}
+    for precision in ("bf16", "no"):
+        seen.clear()
+        train(settings(mixed_precision=precision, name=precision, **shown), teacher=teacher())
+        assert seen == [precision == "bf16"] * 4  # a judged batch; the teacher's picture, and the student's two
+
+
+def test_a_report_finds_the_memory_of_training_free(
+    settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither weights nor moments of the run are held when two pipelines are about to load."""
+    tiny_stable_diffusion(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    held: list[weakref.ref[Any]] = []
+    save = run.Trainer.save
+
+    def noting(self: Any) -> None:
+        if not held:
+            held.extend(weakref.ref(p) for role in self.roles.values() for p in role.parameters.values())
+            held.extend(weakref.ref(m) for role in self.roles.values() for m in role.denoiser.networks.values())
+            held.extend(weakref.ref(s["exp_avg"]) for s in self.optimizers["student"].state.values())
+        save(self)
+
+    alive: list[int] = []
+    monkeypatch.setattr(run.Trainer, "save", noting)
+    monkeypatch.setattr(
+        run.report, "report_run", lambda *_: gc.collect() and alive.append(sum(r() is not None for r in held))
+    )
+    shown = {"validation_prompts": ["a cat"], "report_num": 4, "report_prompts": [str(tmp_path / "prompts.txt")]}
+    train(settings(student="full", teacher=str(tmp_path / "teacher"), **shown))
+    assert len(held) > 100
+    assert alive == [0]
 
 
 def test_averages_of_a_lora_are_of_the_lora_alone(settings: Callable[..., Any]):

@@ -86,7 +86,7 @@ def test_the_snippet_of_the_card_gives_the_same_latents_as_sample(
     assert ((teachers - theirs).flatten(1).norm(dim=1) > 0.01 * teachers.flatten(1).norm(dim=1)).all()
 
 
-def test_the_card_says_what_it_is(students: dict[str, Saved], tmp_path: Path):
+def test_the_card_says_what_it_is(students: dict[str, Saved], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """From the manifest and the run's config beside it; the hub takes its own ids alone as `base_model`."""
     s = students["sd-lora"]
     config = 'method: lcm\nvalidation_prompts: [a "quoted" fox]\nvariant: null\n'
@@ -108,4 +108,12 @@ def test_the_card_says_what_it_is(students: dict[str, Saved], tmp_path: Path):
     assert 'from_pretrained("someone/model", revision="v1", variant="fp16", ' in code
     assert r'prompts = ["a \"quoted\" fox"]' in code
     assert "base_model" not in (s.folder / "README.md").read_text()
+    # a student on the hub as the base: by its id, not by where its files lie on this machine
+    monkeypatch.setattr("fewstep.samplers.load.student_of", lambda source: str(students["sd-v-full"].folder))
+    save_student(tmp_path / "second", s.student, manifest)
+    text = (tmp_path / "second" / "README.md").read_text()
+    assert 'from_pretrained("someone/model", revision="v1", variant="fp16", ' in snippet_of(tmp_path / "second", 2)
+    assert str(students["sd-v-full"].folder) not in text
+    assert "\n# someone/model in " in text
+    assert "base_model: someone/model" in text
     assert read_manifest(tmp_path / "student") == manifest

@@ -94,6 +94,8 @@ def test_two_loras_and_names_with_a_plus(base: Path, files: dict[str, Path], tmp
     key = next(k for k in once.state_dict() if k.endswith("attn1.to_q.weight"))
     own = load_pipeline(base).unet.state_dict()[key]
     torch.testing.assert_close(twice.state_dict()[key] - own, 2 * (once.state_dict()[key] - own))
+    half = load(f"{base}+{files['kohya']}*0.125").network  # as Hyper-SD of FLUX asks for
+    torch.testing.assert_close(half.state_dict()[key] - own, 0.125 * (once.state_dict()[key] - own))
     folder = tmp_path / "a+b"
     tiny_stable_diffusion(folder)
     assert parts(folder) == (str(folder), [])
@@ -132,6 +134,7 @@ def test_what_is_refused(base: Path, files: dict[str, Path], tmp_path: Path):
         (f"{base}+{tmp_path}/none/at/all", "no such LoRA"),
         (f"{pixels}+{files['kohya']}", "a DDPMPipeline takes no LoRA"),
         (f"{base}+{tmp_path}/other.safetensors", "other.safetensors: "),
+        (f"{base}+{files['kohya']}*much", "*much: the scale of a LoRA must be a number, as in "),
     ):
         with pytest.raises(UserError) as refused:
             load_pipeline(source)
