@@ -14,6 +14,7 @@ from fewstep.app import page
 from fewstep.app.drawing import draw
 from fewstep.app.processes import Processes
 from fewstep.app.rows import Row, folder_row, grid, is_images, real_row
+from fewstep.app.sources import run_config
 from fewstep.app.store import check_out, read_batches
 from fewstep.distill import picture
 from fewstep.distill.evaluation import (
@@ -178,7 +179,8 @@ class Evaluation:
         if self.real is not None and self.sampled:
             self.judge(real_row(self.root, self.prompts, REAL_SEED, self.processes), None)
         if self._needs_teacher():
-            row = self._draw(self._target().sampler(request.teacher_steps, **self._how(None)))
+            target = self._target()
+            row = self._draw(target.sampler(request.teacher_steps, **self._how(None)), target.negative_prompt)
             seen = self.judge(row, reference)
             self.target = (row, seen)
             if request.reference == "teacher":
@@ -227,7 +229,9 @@ class Evaluation:
         first = next((s for s in self.sampled if s not in self.students), self.sampled[0])
         if first not in self.students:
             return self._teacher(first, parts(first)[0])
-        return teacher_of(self.students[first], "", self.revisions[first], self.request.variant, self.loading)
+        config = run_config(student_folder(first) or Path())
+        negative, variant = config.negative_prompt if config else "", self.request.variant
+        return teacher_of(self.students[first], negative, self.revisions[first], variant, self.loading)
 
     @property
     def root(self) -> Path:

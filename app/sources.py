@@ -113,7 +113,7 @@ def load_source(name: str, revision: str | None = None, variant: str | None = No
         shape, step_counts = denoiser.latent_shape(), TEACHER_STEPS
     else:
         denoiser, manifest = load_student(name, None, variant, dtype == "fp32", revision, **loading)
-        student, config, base = (denoiser, manifest), _config(folder), manifest.base
+        student, config, base = (denoiser, manifest), run_config(folder), manifest.base
         try:
             teacher = teacher_of(manifest, config.negative_prompt if config else "", revision, variant, loading)
         except UserError as error:
@@ -138,7 +138,7 @@ def load_source(name: str, revision: str | None = None, variant: str | None = No
     return source
 
 
-def _config(student: Path) -> TrainConfig | None:
+def run_config(student: Path) -> TrainConfig | None:
     """The config of a student's run, if it still lies in one."""
     path = student.parent / "config.yaml"
     if student.name != "student" or not path.is_file():

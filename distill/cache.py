@@ -41,13 +41,19 @@ def made_by(denoiser: Denoiser, names: Iterable[str]) -> str:
 
 
 def digest_of(pipeline: Any, names: Iterable[str], kind: str) -> str:
-    """A hash of a word, and of the settings, vocabulary and weights of these components of a pipeline.
+    """A hash of a word, of a pipeline's own settings, and of those, the vocabulary and the weights of these components.
 
     Of each tensor up to 4096 entries are read, bit by bit: training moves all of them.
     """
     digest = sha256(kind.encode())
     if labels := getattr(pipeline, "labels", None):  # of classes: what their names mean
         digest.update(json.dumps(labels, sort_keys=True).encode())
+    own = {k: v for k, v in getattr(pipeline, "config", {}).items() if isinstance(v, bool | int | float | str)}
+    own = {
+        k: v for k, v in own.items() if not k.startswith("_") and k != "requires_safety_checker"
+    }  # which none has here
+    if own:  # such as whether an empty negative prompt is zeros, and where one of two networks takes over
+        digest.update(json.dumps(own, sort_keys=True).encode())
     for name in sorted(names):
         component = pipeline.components[name]
         if isinstance(component, nn.Module):

@@ -151,8 +151,9 @@ class Images:
 
     def __init__(self, source: Source, buckets: Sequence[tuple[int, int]]):
         self.source, self.buckets = source, list(buckets)
-        self.captions = [text for texts in source.texts for text in texts]
-        self._first = np.cumsum([0, *(len(texts) for texts in source.texts)])
+        index: dict[str, int] = {}
+        self._choices = [tuple(index.setdefault(text, len(index)) for text in texts) for texts in source.texts]
+        self.captions = list(index)
         self._seen: dict[int, tuple[str, int, int]] = {}
         self.bucket_of = [0] * len(source.names)
         if len(self.buckets) > 1:
@@ -168,8 +169,8 @@ class Images:
         return len(self.source.names)
 
     def caption(self, i: int, u: float) -> int:
-        first, end = self._first[i : i + 2].tolist()
-        return first + int(u * (end - first))
+        choices = self._choices[i]
+        return choices[int(u * len(choices))]
 
     def image(self, i: int) -> Tensor:
         name = self.source.names[i]
@@ -259,7 +260,7 @@ def captions(config: TrainConfig) -> list[str]:
     """The captions of a config's images or clips, or its prompts; no file is opened for more."""
     files = source(config)
     if files is not None:
-        return [text for texts in files.texts for text in texts]
+        return list(dict.fromkeys(text for texts in files.texts for text in texts))
     return data_set(config, (64, 64)).captions
 
 

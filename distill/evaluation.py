@@ -271,7 +271,7 @@ def figures(
         same_size(images, prompts, reference)
         found |= emoji_metrics(images, prompts.prompts, reference, prompts.groups)
     if many is not None and "psnr_to_teacher" in names:
-        found["psnr_to_teacher"] = psnr(images, many)
+        found["psnr_to_teacher"] = psnr(images, many, prompts.groups)
     if "pixel_distance" in names:
         found["pixel_distance"] = mean_distance(images, prompts.groups)
     return {name: found[name] for name in names if name in found}

@@ -91,11 +91,15 @@ class InTraining:
         return {PREFIX + name: found[name][0] for name in self.names if name in found}
 
 
-def prompts_of(config: TrainConfig, teacher: Denoiser) -> tuple[PromptSet, Condition]:
-    """What is judged, and a condition for each image, on the CPU, encoded by the teacher's encoders."""
+def prompts_of(config: TrainConfig, teacher: Denoiser, captions: Sequence[str]) -> tuple[PromptSet, Condition]:
+    """What is judged, and a condition for each image, on the CPU, encoded by the teacher's encoders.
+
+    `captions` are the data set's, which may be what is judged.
+    """
     if getattr(config, "train_text_encoder", False):
         raise ConfigError("config: eval_steps: conditions are encoded once, and train_text_encoder changes them")
-    prompts = prompt_set(config.eval_prompts or report.prompt_sources(config)[0], config.eval_num, config.seed)
+    source = config.eval_prompts or report.prompt_sources(config, captions)[0]
+    prompts = prompt_set(source, config.eval_num, config.seed)
     for name in config.eval_metrics or ():
         if len(prompts) < (least := fewest(name)):
             raise ConfigError(f"config: eval_num: {name} needs {least} images or more")

@@ -102,13 +102,15 @@ class Judges:
 
     @cached_property
     def hps(self) -> Callable[[Tensor, Sequence[str]], Tensor]:
-        from fewstep.metrics.aesthetic import HPS, hps, installed
+        from fewstep.metrics.aesthetic import HPS, hps, installed, load_hps
 
         with refusals():
             installed("hpsv2.img_score", "hpsv2", "hps")
         if (file := self.weights.hps_weights) is not None and not Path(file).is_file():
             raise UserError(f"hps: no file {file}; run: {HPS} (here: {self.spelt('hps_weights')} FILE)")
-        return lambda images, prompts: hps(images, prompts, self.weights.hps_weights)
+        with refusals():
+            scorer = load_hps(file)
+        return lambda images, prompts: hps(images, prompts, scorer)
 
     @cached_property
     def image_reward(self) -> Callable[[Tensor, Sequence[str]], Tensor]:

@@ -23,10 +23,9 @@ from fewstep.distill.files import source
 from fewstep.distill.random import generator
 from fewstep.distill.record import refuse_changes, refuse_foreign
 from fewstep.distill.student_start import starts_of
-from fewstep.samplers.condition import Condition
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import load
-from fewstep.samplers.router import ROUTER, Router, directions, pooled
+from fewstep.samplers.router import ROUTER, Router, directions, key_of
 from fewstep.samplers.several import save_several
 
 ITERATIONS, RESTARTS = 50, 10
@@ -191,24 +190,25 @@ def _split(config: TrainConfig, parts: int, data: DataSet | None, starts: Sequen
         data = data_sets.data_set(config, pixels, frames, source(config, teacher.clips))
     law = torch.tensor(drawn(data, config.seed))
     stored = cache.conditions(config, teacher, data.captions)
-    conditions = [stored[range(i, min(i + cache.CHUNK, stored.size))] for i in range(0, stored.size, cache.CHUNK)]
+    # of each prompt what it is split by, a chunk at a time: all embeddings would fill the memory
+    chunks = (stored[range(i, min(i + cache.CHUNK, stored.size))] for i in range(0, stored.size, cache.CHUNK))
+    keys = torch.cat([key_of(condition) for condition in chunks])
     path = config.run_dir / ROUTER
     given = Router.load(Path(starts[0]).parent / ROUTER) if len(starts) == parts else None
-    router = Router.load(path) if path.is_file() else given or _fit(config, parts, conditions, law)
+    router = Router.load(path) if path.is_file() else given or _fit(config, parts, keys, law)
     if given is not None and router.sha256 != given.sha256:
         raise UserError(f"{path}: not the router of {config.student_init}; start anew under another name=")
     if router.parts != parts:
         raise UserError(f"{path}: of {router.parts} parts, the config has {parts}; start anew under another name=")
-    of = torch.cat([router.of(condition) for condition in conditions])
+    of = router.of_keys(keys)
     samples = [(of[law] == i).nonzero()[:, 0].tolist() for i in range(parts)]
     if not all(samples):
         raise UserError(f"parts {parts}: no prompt falls into part {[bool(own) for own in samples].index(False)}")
     return router, [Part(data, own, law[own].tolist()) for own in samples]
 
 
-def _fit(config: TrainConfig, parts: int, conditions: Sequence[Condition], law: Tensor) -> Router:
-    if "class_labels" in conditions[0].tensors:
-        return blocks(int(torch.cat([c.tensors["class_labels"] for c in conditions]).max()) + 1, parts)
-    embeddings = torch.cat([pooled(condition) for condition in conditions])
-    weights = torch.bincount(law, minlength=len(embeddings)).float() / len(law)
-    return fit(embeddings[weights > 0], weights[weights > 0], parts, config.seed)
+def _fit(config: TrainConfig, parts: int, keys: Tensor, law: Tensor) -> Router:
+    if keys.ndim == 1:
+        return blocks(int(keys.max()) + 1, parts)
+    weights = torch.bincount(law, minlength=len(keys)).float() / len(law)
+    return fit(keys[weights > 0], weights[weights > 0], parts, config.seed)

@@ -51,8 +51,11 @@ def upright_size(data: bytes, name: str) -> tuple[int, int]:
     try:
         with Image.open(BytesIO(data)) as opened:
             _refuse_frames(opened, name)
-            turned = opened.getexif().get(0x0112, 1) >= 5  # orientations that exchange the sides
-            return (opened.width, opened.height) if turned else (opened.height, opened.width)
+            width, height = opened.size
+            if opened.format == "TIFF":  # which newer versions of Pillow turn when they open it
+                width, height = opened.tag_v2[256], opened.tag_v2[257]
+            turned = opened.getexif().get(0x0112, 1) in range(5, 9)  # orientations that exchange the sides
+            return (width, height) if turned else (height, width)
     except Unusable:
         raise
     except Exception as error:

@@ -159,8 +159,11 @@ def write(comparison: Comparison, folder: Path) -> dict[str, Any]:
     return report
 
 
-def prompt_sources(config: TrainConfig) -> list[str | list[str]]:
-    """Prompts of a run's report: `report_prompts`, or else those of the previews, or else those of the training."""
+def prompt_sources(config: TrainConfig, captions: Sequence[str] | None = None) -> list[str | Sequence[str]]:
+    """Prompts of a run's report: `report_prompts`, or else those of the previews, or else those of the training.
+
+    `captions` are the data set's, where it is in memory: else its files are looked through.
+    """
     if config.report_prompts:
         return list(config.report_prompts)
     if config.validation_prompts:
@@ -169,22 +172,24 @@ def prompt_sources(config: TrainConfig) -> list[str | list[str]]:
     if source in EMBEDDED or config.prompts:
         assert source is not None
         return [source]
-    return [data.captions(config)]
+    return [data.captions(config) if captions is None else captions]
 
 
-def prompt_sets(config: TrainConfig) -> list[PromptSet]:
+def prompt_sets(config: TrainConfig, captions: Sequence[str] | None = None) -> list[PromptSet]:
     """The sets of a run's report; UserError for what is wrong with them."""
     assert config.report_num is not None
-    return [prompt_set(source, config.report_num, config.seed) for source in prompt_sources(config)]
+    return [prompt_set(source, config.report_num, config.seed) for source in prompt_sources(config, captions)]
 
 
-def check(config: TrainConfig, step_counts: Sequence[int], teacher: Denoiser) -> None:
-    """Refuse, before training, a report that could not be made after it."""
+def check(
+    config: TrainConfig, step_counts: Sequence[int], teacher: Denoiser, captions: Sequence[str] | None = None
+) -> None:
+    """Refuse, before training, a report that could not be made after it; `captions` as for `prompt_sources`."""
     if config.report_num is None:
         return
     size = teacher.pixels(config.height, config.width)
     clips = len(teacher.latent_shape(config.height, config.width, config.num_frames)) == 4
-    for prompts in prompt_sets(config):
+    for prompts in prompt_sets(config, captions):
         if prompts.embedded and (clips or size != (64, 64)):
             what = "clips" if clips else "images"
             raise ConfigError(

@@ -201,7 +201,7 @@ def _fit(
             shown = cache.conditions(config, teacher, config.validation_prompts)[range(len(config.validation_prompts))]
         judged = None
         if config.eval_steps:
-            judged = in_training.prompts_of(config, teacher)
+            judged = in_training.prompts_of(config, teacher, data.captions)
     pairs = None
     if isinstance(config, DistributionMatchingConfig) and "pairs" in needs:
         assert condition is not None
@@ -212,7 +212,7 @@ def _fit(
         teacher.to("cpu")  # roles are made in main memory, and go to the device block by block
         sharding.together(teacher, accelerator.device)
     method = methods_distiller(config, networks)
-    report.check(config, method.step_counts, teacher)
+    report.check(config, method.step_counts, teacher, data.captions)
     plans = {k: method.plan(k) for k in method.step_counts}
     stock(method.roles()["student"].denoiser, plans)  # what plain diffusers cannot sample is refused before training
     for line in efficiency.apply(config, method.roles(), accelerator.device):

@@ -21,7 +21,7 @@ from fewstep.metrics.features import Features, Kept
 from fewstep.metrics.frechet import Gaussian, Running, frechet_figure, frechet_infinity
 from fewstep.metrics.networks import cosine
 from fewstep.metrics.pixels import image_psnr, mean_distance
-from fewstep.metrics.scores import Scores
+from fewstep.metrics.scores import Scores, mean_error
 from fewstep.metrics.video import OfLength
 from fewstep.samplers.errors import UserError
 
@@ -265,16 +265,20 @@ def _figure(
     if name == "clip":
         from fewstep.metrics.clip import clip_score
 
-        return clip_score(seen.scores.column("clip"))
-    value, error = seen.scores.figures()[name]
+        return clip_score(seen.scores.column("clip"), _prompts_of(seen, name, groups))
+    value, error = mean_error(seen.scores.column(name), _prompts_of(seen, name, groups))
     if name == "pixel_distance" and len(values) == 1 and seen.scores.values.get(ALONE):
         error = seen.scores.column(ALONE).item()
     return value, error
 
 
+def _prompts_of(seen: Seen, name: str, groups: Sequence[int] | None) -> Sequence[int] | None:
+    """The prompt of each value of a figure of single images; None of one that has a value for each prompt."""
+    return None if groups is None or name in VARIETY else [groups[k] for k in seen.scores.keys(name)]
+
+
 def _diversity(name: str, seen: Seen, groups: Sequence[int] | None, teacher: Seen | None) -> tuple[float, float] | None:
     from fewstep.metrics.diversity import by_prompt, ratio, vendi
-    from fewstep.metrics.scores import mean_error
 
     if groups is None or (name.endswith("_ratio") and teacher is None):
         return None

@@ -20,6 +20,8 @@ from fewstep.samplers.errors import UserError, reason
 
 SUFFIXES = (*pictures.SUFFIXES, *(suffix for suffix in clips.SUFFIXES if suffix not in pictures.SUFFIXES))
 """Of images and clips; `files.source` asks which of them a run learns from."""
+COLUMN = "text"
+"""Where captions stand unless `caption_column` says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _metadata(paths: Sequence[Path], column: str) -> dict[Path, tuple[str, ...]]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 keys = f'{{"file_name": ..., "{column}": ...}}'
                 raise UserError(f"{where}: must be an object {keys} (caption_column names another key)") from error
-            found[file] = _captions(value, where)
+            found[file] = (*found.get(file, ()), *_captions(value, where))
     return found
 
 
@@ -144,8 +146,12 @@ class _Member:
     name: str
     offset: int
     size: int
+    data: bytes | None = None
+    """Of a caption: read with the others of its shard, which is opened once."""
 
     def read(self) -> bytes:
+        if self.data is not None:
+            return self.data
         try:
             with self.shard.open("rb") as file:
                 file.seek(self.offset)
@@ -157,12 +163,12 @@ class _Member:
         return data
 
 
-def shards(pattern: str, column: str = "text") -> Source:
+def shards(pattern: str, column: str = COLUMN) -> Source:
     """Samples of webdataset's tar files: members of one name, an image or a clip, and a caption in `.txt` or `.json`.
 
     Args:
         pattern: a file, a folder of `.tar` files, or a pattern with `*` or `{000..127}`.
-        column: of a caption in `.json`.
+        column: of a caption in `.json`; another than the default, where it is there, goes before `.txt`.
 
     Members are read at their places, in any order: the archives must be uncompressed and on this machine.
     """
@@ -173,11 +179,11 @@ def shards(pattern: str, column: str = "text") -> Source:
             where = f"{path}/{key}"
             if len(seen) != 1:
                 faults.append(f"{where} ({len(seen)} images or clips)")
+            elif "json" in parts and ("txt" not in parts or (column != COLUMN and _has(parts["json"], column))):
+                texts.append(_captions(_field(parts["json"], column), f"{where}.json, {column}"))
+                found.append(seen[0])
             elif "txt" in parts:
                 texts.append((_decoded(parts["txt"]).strip(),))
-                found.append(seen[0])
-            elif "json" in parts:
-                texts.append(_captions(_field(parts["json"], column), f"{where}.json, {column}"))
                 found.append(seen[0])
             else:
                 faults.append(f"{where} (no .txt, no .json)")
@@ -213,16 +219,24 @@ def shard_paths(pattern: str) -> list[Path]:
 def _samples(path: Path) -> dict[str, dict[str, _Member]]:
     """Members of a shard by the name before the first dot, then by what follows."""
     found: dict[str, dict[str, _Member]] = {}
+    twice = []
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 if member.isfile():
                     parent, _, base = member.name.rpartition("/")
                     stem, _, extension = base.partition(".")
-                    place = _Member(path, member.name, member.offset_data, member.size)
-                    found.setdefault(f"{parent}/{stem}".lstrip("/"), {})[extension.lower()] = place
+                    kind = extension.lower()
+                    text = archive.extractfile(member) if kind in ("txt", "json") else None
+                    data = None if text is None else text.read()
+                    parts = found.setdefault(f"{parent}/{stem}".lstrip("/"), {})
+                    if kind in parts:
+                        twice.append(member.name)
+                    parts[kind] = _Member(path, member.name, member.offset_data, member.size, data)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{path}: cannot be read as an uncompressed tar archive ({error})") from error
+    if twice:
+        raise UserError(f"{path}: {len(twice)} members have the name of an earlier one: {some(twice)}")
     return found
 
 
@@ -231,6 +245,13 @@ def _decoded(member: _Member) -> str:
         return member.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"caption {member.shard}/{member.name}: cannot be read as text in UTF-8") from error
+
+
+def _has(member: _Member, column: str) -> bool:
+    try:
+        return column in json.loads(_decoded(member))
+    except (json.JSONDecodeError, TypeError):
+        return False
 
 
 def _field(member: _Member, column: str) -> Any:

@@ -75,25 +75,42 @@ def aesthetic(features: Tensor, head: nn.Sequential) -> Tensor:
     return head(F.normalize(features.float(), dim=-1).to(first.weight.device))[:, 0].cpu()
 
 
-def hps(images: Tensor, prompts: Sequence[str], weights: str | Path | None = None, version: str = "v2.1") -> Tensor:
+def hps(images: Tensor, prompts: Sequence[str], scorer: Any = None) -> Tensor:
     """Human preference score of each image for its own prompt (HPSv2, arXiv:2306.09341), (N,), about 0.2..0.35.
 
     Args:
         images: (N, 3, H, W) uint8.
         prompts: of the images.
-        weights: the package's checkpoint; None: its download.
-        version: of the checkpoint that it downloads.
+        scorer: what `load_hps` returned, to load once for many batches.
     """
     _check(images, prompts)
-    scorer = installed("hpsv2.img_score", "hpsv2", "hps")
-    values = torch.empty(len(images))
-    for prompt in dict.fromkeys(prompts):  # the package reads its checkpoint at every call
-        rows = [i for i, other in enumerate(prompts) if other == prompt]
-        cp = None if weights is None else str(weights)
-        with weights_of("hps", HPS):
-            found = scorer.score([_picture(images[i]) for i in rows], prompt, cp=cp, hps_version=version)
-        values[rows] = torch.tensor([float(value) for value in found])
-    return values
+    package = load_hps() if scorer is None else scorer
+    model, prepare = package.model_dict["model"], package.model_dict["preprocess_val"]
+    pictures = torch.stack([prepare(_picture(image)) for image in images]).to(package.device)
+    words = package.get_tokenizer("ViT-H-14")(list(prompts)).to(package.device)
+    with torch.no_grad(), torch.autocast("cuda", enabled=package.device == "cuda"):
+        found = model(pictures, words)
+    return (found["image_features"].float() * found["text_features"].float()).sum(1).cpu()
+
+
+def load_hps(weights: str | Path | None = None, version: str = "v2.1") -> Any:
+    """The package hpsv2 with its network loaded; its own `score` would read the checkpoint for every prompt.
+
+    Args:
+        weights: its checkpoint; None: its download.
+        version: of the checkpoint that it downloads.
+
+    Raises:
+        ValueError: weights or the package are not here.
+    """
+    package = installed("hpsv2.img_score", "hpsv2", "hps")
+    with weights_of("hps", HPS):
+        package.initialize_model()
+        path = weights or package.huggingface_hub.hf_hub_download("xswu/HPSv2", package.hps_version_map[version])
+        state = torch.load(path, map_location=package.device, weights_only=True)["state_dict"]
+    package.model_dict["model"].load_state_dict(state)
+    package.model_dict["model"].to(package.device).eval()
+    return package
 
 
 def image_reward(images: Tensor, prompts: Sequence[str], model: Any = "ImageReward-v1.0") -> Tensor:

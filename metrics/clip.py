@@ -91,13 +91,13 @@ class Clip:
         return cosine(self.images(images), self.images(others))
 
 
-def clip_score(scores: Tensor) -> tuple[float, float]:
-    """CLIP score of a set and its standard error, from `Clip.scores` (N,) of all of its images.
+def clip_score(scores: Tensor, groups: Sequence[int] | None = None) -> tuple[float, float]:
+    """CLIP score of a set and its standard error (see `mean_error`), from `Clip.scores` (N,) of all of its images.
 
     max(100 cos, 0) (arXiv:2104.08718). As in torchmetrics the mean is what is cut at 0, not each image; trained models
     give a negative cosine to hardly any pair.
     """
-    value, error = mean_error(scores)
+    value, error = mean_error(scores, groups)
     return max(value, 0.0), error
 
 

@@ -14,12 +14,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from fewstep.metrics.networks import in_batches
+
 Layer = Literal["64", "192", "768", "2048", "logits", "logits_unbiased"]
 Resize = Literal["tf1", "antialias"]
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d"
 """First digits of the published file's hash; pytorch-fid's `pt_inception-2015-12-05-6726825d.pth` is the same file."""
+
+BATCH = 32
+"""Images at once: the frames of some clips are thousands."""
 
 
 class Inception:
@@ -62,8 +67,12 @@ class Inception:
             raise ValueError(f"Inception takes images (B, 3, H, W); got {tuple(images.shape)}")
         if images.max() <= 1:
             warnings.warn("Inception: no value above 1 in a batch of uint8 images, whose range is 0..255", stacklevel=2)
-        found = self.network(images.to(self.device))
-        return found if isinstance(found, Tensor) else found[0]
+
+        def features(rows: Tensor) -> Tensor:
+            found = self.network(rows.to(self.device))
+            return found if isinstance(found, Tensor) else found[0]
+
+        return in_batches(features, BATCH, images)
 
     def logits(self, features: Tensor) -> Tensor:
         """`logits_unbiased` (B, 1008) of features of layer 2048, so that FID and IS share one pass."""

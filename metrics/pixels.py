@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fewstep.metrics.scores import mean_error
+
 
 def image_psnr(images: Tensor, target: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image to its own target, dB, (N,) float64.
@@ -15,14 +17,20 @@ def image_psnr(images: Tensor, target: Tensor) -> Tensor:
         images: (N, ...) uint8.
         target: same shape; an image equal to its target counts as one grey level off in one value.
     """
-    error = (images.double() - target.double()).square().flatten(1)
-    return 10 * (255**2 / error.mean(1).clamp(min=1 / error.shape[1])).log10()
+    n = images[0].numel()
+    error = torch.stack([_squares(*pair) for pair in zip(images, target, strict=True)]) / n
+    return 10 * (255**2 / error.clamp(min=1 / n)).log10()
 
 
-def psnr(images: Tensor, target: Tensor) -> tuple[float, float]:
-    """Mean of `image_psnr`, dB, and its standard error."""
-    values = image_psnr(images, target)
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+def _squares(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of the squares of a difference, float64; of a clip some frames at a time."""
+    parts = zip(a.flatten().split(2**24), b.flatten().split(2**24), strict=True)
+    return torch.stack([(x.double() - y.double()).square().sum() for x, y in parts]).sum()
+
+
+def psnr(images: Tensor, target: Tensor, groups: Sequence[int] | None = None) -> tuple[float, float]:
+    """Mean of `image_psnr`, dB, and its standard error, see `mean_error`."""
+    return mean_error(image_psnr(images, target), groups)
 
 
 def mean_distance(images: Tensor, groups: Sequence[int]) -> tuple[float, float]:
@@ -36,10 +44,10 @@ def mean_distance(images: Tensor, groups: Sequence[int]) -> tuple[float, float]:
         The mean and its standard error over groups; of a single group by the jackknife over its images.
     """
     members = torch.as_tensor(groups)
-    flat = images.float().flatten(1)
+    flat = images.flatten(1)
     means, last = [], torch.empty(0)
     for group in members.unique():
-        rows = flat[members == group]
+        rows = flat[members == group].float()
         n = len(rows)
         if n < 2:
             continue

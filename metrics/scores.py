@@ -13,11 +13,23 @@ import torch
 from torch import Tensor
 
 
-def mean_error(values: Tensor) -> tuple[float, float]:
-    """Mean of (N,) and its standard error, the standard deviation over the root of N; NaN for a single value."""
-    values = values.double()
-    error = values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return values.mean().item(), error
+def mean_error(values: Tensor, groups: Sequence[int] | None = None) -> tuple[float, float]:
+    """Mean of (N,) and its standard error; NaN for a single value.
+
+    Args:
+        values: of images, or of prompts.
+        groups: of each value, its prompt: images of one prompt are alike, and the prompts are what was sampled. None, or
+            all in one: the standard deviation over the root of N. With a value each the two are the same.
+    """
+    values, n = values.double(), len(values)
+    mean = values.mean()
+    parts, of = torch.as_tensor(groups if groups is not None else range(n)).unique(return_inverse=True)
+    if len(parts) == 1:
+        parts, of = torch.arange(n), torch.arange(n)
+    sums = torch.zeros(len(parts), dtype=torch.float64).index_add(0, of, values - mean)
+    g = len(parts)
+    error = (sums.square().sum() * g / (g - 1)).sqrt().item() / n if n > 1 else float("nan")
+    return mean.item(), error
 
 
 class Scores:

@@ -34,6 +34,12 @@ def pooled(condition: Condition) -> Tensor:
     return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
+def key_of(condition: Condition) -> Tensor:
+    """What rows are split by, on the CPU: classes (B,), int64, or embeddings (B, d), see `pooled`."""
+    labels = condition.tensors.get("class_labels")
+    return pooled(condition) if labels is None else labels.cpu()
+
+
 def directions(embeddings: Tensor, mean: Tensor) -> Tensor:
     """Embeddings (B, d) less their mean, of length 1; the mean itself is 0."""
     return torch.nn.functional.normalize(embeddings - mean, dim=1)
@@ -57,10 +63,12 @@ class Router:
 
     def of(self, condition: Condition) -> Tensor:
         """(B,), int64, on the CPU. A class beyond the table, such as the null class, goes with its last."""
+        return self.of_keys(key_of(condition))
+
+    def of_keys(self, keys: Tensor) -> Tensor:
+        """The same of what `key_of` said."""
         table = self.tensors.get("class_table")
-        if table is not None:
-            return table[condition.tensors["class_labels"].cpu().clamp(max=len(table) - 1)]
-        return self.nearest(pooled(condition))
+        return self.nearest(keys) if table is None else table[keys.clamp(max=len(table) - 1)]
 
     def nearest(self, embeddings: Tensor) -> Tensor:
         """Of embeddings (B, d): argmax of e . C + b, the lowest of equals.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -151,6 +153,30 @@ def test_evaluate_compares_with_the_many_step_picture_of_the_same_noise(
     assert (six["nfe"], one["nfe"], six["scheduler"], six["guidance"]) == (6, 1, "dpmsolver++ (trailing)", 1)
     assert out.with_suffix(".md").read_text() in answer.out
     assert out.with_suffix(".png").is_file()
+
+
+def test_evaluate_compares_with_the_teacher_of_the_run(fewstep: Command, trained: Path, tmp_path: Path):
+    """With the run's negative prompt, and in another precision where that is asked for: other images."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS))
+    shared = ("--steps", 2, "--teacher-steps", 2, "-n", 4, "--prompts", prompts, "--guidance-scale", 5)
+    distances = {}
+    for name, negative, more in (("none", "", ()), ("dog", "a dog", ()), ("low", "", ("--dtype", "bf16"))):
+        (run / "config.yaml").write_text(yaml.safe_dump(config | {"negative_prompt": negative}))
+        answer = fewstep("evaluate", run, *shared, *more, "--out", out := tmp_path / "report.json")
+        assert answer.code == 0, answer.err
+        report = json.loads(out.read_text())
+        target, row = report["rows"]
+        assert target["role"] == "teacher"
+        assert report.get("dtype") == ("bf16" if name == "low" else None)
+        distances[name] = row["metrics"]["psnr_to_teacher"]["value"]
+    assert (
+        len(list(out.with_suffix(".images").glob("*/2-steps-*"))) == 5
+    )  # the student's is the same with a negative prompt
+    assert abs(distances["none"] - distances["dog"]) > 1e-3
+    assert distances["low"] == pytest.approx(distances["none"], abs=1.5)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
 from tests.distill.runs import config, killed_in_second, write_images
 from tests.pipelines import tiny_ddpm, tiny_stable_diffusion
+from tests.pipelines_large import tiny_stable_diffusion_xl
 
 
 def images_of(path: Path, *size: int) -> Images:
@@ -101,6 +102,19 @@ def test_the_cache_is_of_the_content(tmp_path: Path, denoiser: Denoiser, monkeyp
     Image.fromarray(pixels).save(folder / "2.png")
     os.utime(folder / "2.png", ns=(before.st_atime_ns, before.st_mtime_ns))  # as copies that keep times do
     assert computed(settings, denoiser, images_of(folder, 16, 16), calls) == ["to_latents"]
+
+
+def test_the_cache_is_of_the_pipelines_own_settings():
+    """SDXL's says what an empty negative prompt is; that no safety checker is there changes nothing."""
+    xl, sd = tiny_stable_diffusion_xl(), tiny_stable_diffusion()
+    marks = []
+    for zeros in (True, False, True):
+        xl.register_to_config(force_zeros_for_empty_prompt=zeros)
+        marks.append(cache.digest_of(xl, ["text_encoder"], "x"))
+    assert marks[0] == marks[2] != marks[1]
+    before = cache.digest_of(sd, ["text_encoder"], "x")
+    sd.register_to_config(requires_safety_checker=True)
+    assert cache.digest_of(sd, ["text_encoder"], "x") == before
 
 
 def test_the_cache_is_of_the_encoders(tmp_path: Path, denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch):

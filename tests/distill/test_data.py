@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fewstep.distill.data import EmojiImages, EmojiPrompts, Images, Prompts, read_prompts
-from fewstep.distill.sources import folder, source_of
+from fewstep.distill.sources import Source, folder, source_of
 from fewstep.metrics.emoji import drawings
 from fewstep.samplers.errors import UserError
 from tests.distill.runs import write_images
@@ -79,6 +79,16 @@ def test_a_bad_folder_is_one_line(tmp_path: Path, spoil: Callable[[Path], Any], 
         read_all(path)
     assert str(caught.value).startswith(message.format(f=path))
     assert "\n" not in str(caught.value)
+
+
+def test_equal_captions_are_one(tmp_path: Path):
+    """Encoded once, whatever the number of images; each image still has all of its own."""
+    texts = [("a", "b"), ("a",), ("c", "a", "a")]
+    images = Images(Source([str(i) for i in range(3)], texts, lambda i: b""), [(16, 16)])
+    assert images.captions == ["a", "b", "c"]
+    for i, own in enumerate(texts):
+        said = [images.captions[images.caption(i, (k + 0.5) / len(own))] for k in range(len(own))]
+        assert tuple(said) == own
 
 
 def test_prompts_of_a_file(tmp_path: Path):

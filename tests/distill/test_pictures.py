@@ -114,14 +114,16 @@ def test_what_cannot_be_read_is_refused_by_name(data: bytes, why: str):
         picture(data, "deep/a.png")
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_size_is_that_of_the_upright_picture(orientation: int):
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_the_size_is_that_of_the_upright_picture(orientation: int, format: str):
+    """There are 8 orientations; a ninth turns nothing."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = saved(Image.new("RGB", SIDE), "JPEG", exif=exif)
+    data = saved(Image.new("RGB", SIDE), format, exif=exif)
     found = picture(data, "a")
     assert upright_size(data, "a") == (found.height, found.width)
-    assert found.size == (SIDE if orientation < 5 else SIDE[::-1])
+    assert found.size == (SIDE[::-1] if 5 <= orientation <= 8 else SIDE)
 
 
 def test_a_picture_is_not_enlarged_more_than_twice():

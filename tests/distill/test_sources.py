@@ -51,6 +51,9 @@ def test_captions_in_a_list(tmp_path: Path):
         (tmp_path / n).read_bytes() for n in ("0.png", "1.png", "2.png", "deep/0.png")
     ]
     listing(tmp_path, {"file_name": "0.png", "title": "nought", "text": "zero"})
+    listing(tmp_path, *({"file_name": "0.png", "text": text} for text in ("a", "b", "c")))  # as COCO's
+    assert folder(tmp_path).texts[0] == ("a", "b", "c")
+    listing(tmp_path, {"file_name": "0.png", "title": "nought", "text": "zero"})
     (tmp_path / "deep/metadata.jsonl").unlink()
     assert folder(tmp_path, "title").texts[0] == ("nought",)
 
@@ -114,6 +117,27 @@ def test_shards(shards: Path, pattern: str):
 def test_one_shard_and_another_key(shards: Path):
     (shards / "009.tar").unlink()
     assert list(source_of(f"{shards}/008.tar", "caption").texts) == [("one",), ("no",)]
+    both = {"a.png": b"A", "a.txt": b"alt text", "a.json": b'{"recaption": "a fox"}'}
+    write_shard(shards / "010.tar", both | {"b.png": b"B", "b.txt": b"only", "b.json": b"[]"})
+    assert list(source_of(f"{shards}/010.tar").texts) == [("alt text",), ("only",)]
+    assert list(source_of(f"{shards}/010.tar", "recaption").texts) == [("a fox",), ("only",)]
+
+
+def test_a_name_that_comes_twice_in_a_shard_is_refused(tmp_path: Path):
+    """As where shards were joined: the second would take the place of the first."""
+    path = tmp_path / "joined.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, data in (("0.png", b"A"), ("0.txt", b"a"), ("0.PNG", b"B"), ("0.txt", b"b")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, BytesIO(data))
+    with pytest.raises(UserError, match=r"joined\.tar: 2 members have the name of an earlier one: 0\.PNG, 0\.txt"):
+        source_of(str(path))
+
+
+def test_a_shard_is_opened_once_for_its_captions(shards: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Path, "open", None)
+    assert len(source_of(str(shards)).names) == 3
 
 
 @pytest.mark.parametrize(

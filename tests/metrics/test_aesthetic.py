@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fewstep.metrics.aesthetic import aesthetic, hps, image_reward, load_head
+from fewstep.metrics.aesthetic import aesthetic, hps, image_reward, load_head, load_hps
 from tests.metrics.tiny_clip import noise_images
 
 FEATURES = 30 * torch.randn(5, 768, generator=torch.Generator().manual_seed(0))
@@ -67,17 +67,29 @@ def brightness(picture) -> float:
     return sum(picture.getpixel((0, 0))) / 100
 
 
-def test_every_image_is_scored_with_its_own_prompt(monkeypatch):
-    """Packages that answer with a pixel of the picture and the length of the prompt."""
-    calls = []
+class Scorer(torch.nn.Module):
+    """Features whose product is the brightness times the length of the prompt times a weight."""
 
-    def score(pictures, prompt, cp=None, hps_version=None):
-        calls.append((prompt, cp, hps_version))
-        return [brightness(picture) + len(prompt) for picture in pictures]
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
 
+    def forward(self, pictures, words):
+        return {"image_features": self.weight * pictures, "text_features": words}
+
+
+def test_every_image_is_scored_with_its_own_prompt(monkeypatch, tmp_path):
+    """Packages that answer with a pixel of the picture and the length of the prompt; HPSv2's checkpoint is read once."""
+    network, made = Scorer(), []
+    torch.save({"state_dict": {"weight": torch.tensor(2.0)}}, tmp_path / "w.pt")
+    package = {
+        **{"device": "cpu", "model_dict": {}, "initialize_model": lambda: made.append(package["model_dict"])},
+        "get_tokenizer": lambda name: lambda prompts: torch.tensor([[float(len(p))] for p in prompts]),
+    }
+    package["model_dict"] |= {"model": network, "preprocess_val": lambda x: torch.tensor([brightness(x)])}
     for name, content in (
         ("hpsv2", {}),
-        ("hpsv2.img_score", {"score": score}),
+        ("hpsv2.img_score", package),
         ("ImageReward", {"load": lambda name: SimpleNamespace(score=lambda p, x: brightness(x) - len(p))}),
     ):
         module = ModuleType(name)
@@ -85,8 +97,11 @@ def test_every_image_is_scored_with_its_own_prompt(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     images, prompts = noise_images(4, 8, 8), ["a", "bcd", "a", "efghij"]
     corner, length = images[:, :, 0, 0].float().sum(1) / 100, torch.tensor([1.0, 3, 1, 6])
-    torch.testing.assert_close(hps(images, prompts, weights="w.pt"), corner + length)
-    assert calls == [(prompt, "w.pt", "v2.1") for prompt in ("a", "bcd", "efghij")]
+    scorer = load_hps(tmp_path / "w.pt")
+    (tmp_path / "w.pt").unlink()
+    for _ in range(2):
+        torch.testing.assert_close(hps(images, prompts, scorer), 2 * corner * length)
+    assert len(made) == 1
     torch.testing.assert_close(image_reward(images, prompts), corner - length)
 
 
@@ -97,7 +112,11 @@ def test_weights_that_the_packages_cannot_get_are_named(monkeypatch):
     def offline(*_, **__):
         raise LocalEntryNotFoundError("An error happened\nwhile trying to locate the file")
 
-    for name, content in (("hpsv2", {}), ("hpsv2.img_score", {"score": offline}), ("ImageReward", {"load": offline})):
+    for name, content in (
+        ("hpsv2", {}),
+        ("hpsv2.img_score", {"initialize_model": offline}),
+        ("ImageReward", {"load": offline}),
+    ):
         module = ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)

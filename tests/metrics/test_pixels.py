@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fewstep.metrics.pixels import mean_distance, psnr
+from fewstep.metrics.pixels import image_psnr, mean_distance, psnr
 
 
 def test_psnr_of_a_constant_error():
@@ -41,3 +41,16 @@ def test_mean_distance_of_one_group_has_the_jackknife_error():
     images = torch.tensor([0, 3, 9], dtype=torch.uint8).view(-1, 1, 1, 1)
     value, error = mean_distance(images, [0, 0, 0])
     assert (value, error) == (pytest.approx(6), pytest.approx(math.sqrt(12)))
+
+
+def test_memory_does_not_grow_with_the_images(monkeypatch: pytest.MonkeyPatch):
+    """Clips are looked at some frames at a time: the same numbers, whatever the parts."""
+    images, target = (torch.randint(0, 256, (3, 5, 3, 8, 8), dtype=torch.uint8) for _ in range(2))
+    whole = image_psnr(images, target)
+    split = torch.Tensor.split
+    parts: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "split", lambda self, n: parts.append(n) or split(self, 100))
+    torch.testing.assert_close(image_psnr(images, target), whole, rtol=1e-12, atol=0)
+    assert set(parts) == {2**24}
+    want = ((images.double() - target.double()) ** 2).flatten(1).mean(1)
+    torch.testing.assert_close(whole, 10 * (255**2 / want).log10(), rtol=1e-12, atol=0)

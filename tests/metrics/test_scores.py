@@ -16,6 +16,23 @@ def test_mean_and_standard_error():
     assert math.isnan(error)
 
 
+def test_images_of_one_prompt_are_no_samples_of_their_own():
+    """Two prompts of unequal numbers: squares of the sums of differences; a value each, and one prompt, as without."""
+    values = torch.tensor([1.0, 2, 6, 7])  # mean 4: differences -3, -2, 2, 3
+    value, error = mean_error(values, [0, 0, 5, 0])
+    assert (value, error) == (4, pytest.approx(math.sqrt(2 * (4 + 4)) / 4))
+    plain = (4, pytest.approx(values.std().item() / 2))
+    assert mean_error(values, [3, 1, 0, 2]) == mean_error(values, [1] * 4) == mean_error(values) == plain
+    # equal numbers: that of the prompts' means
+    assert mean_error(values, [0, 0, 1, 1]) == mean_error(torch.tensor([1.5, 6.5]))
+    # as it scatters when prompts and images are drawn anew
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(400, 32, 1, generator=generator) + 0.5 * torch.randn(400, 32, 4, generator=generator)
+    prompts = [i // 4 for i in range(128)]
+    errors = torch.tensor([mean_error(draw.flatten(), prompts)[1] for draw in draws])
+    assert errors.square().mean().sqrt().item() == pytest.approx(draws.mean((1, 2)).std().item(), rel=0.1)
+
+
 def test_order_batches_processes_and_repetition_do_not_matter():
     """Values whose float sum depends on the order; the last batch of the second process repeats the first image."""
     values = 10.0 ** torch.tensor([16.0, -3, 5, 15, 1, -8, 16, 9, 2, 3, 12]).double()
