@@ -72,7 +72,7 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    hub = HfApi(library_name="fewstep")
+    hub, kept = HfApi(library_name="fewstep"), f"what was exported stays: hf upload {repository} {folder} sends it"
     try:
         made = hub.create_repo(repository, private=private or None, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Student, scheduler and card")
@@ -84,12 +84,12 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         why = "needs a token that may write there" if status in (401, 403) else reason(error)
-        raise UserError(f"--push {repository}: the hub refused it: {why}; what was exported stays") from error
+        raise UserError(f"--push {repository}: the hub refused it: {why}; {kept}") from error
     except Exception as error:
         transport = type(error).__module__.startswith("httpx")  # whose name changes between releases of the library
         if not (transport or isinstance(error, OSError)):  # HF_HUB_OFFLINE is one of the latter
             raise
-        raise UserError(f"--push {repository}: the hub cannot be reached; what was exported stays") from error
+        raise UserError(f"--push {repository}: the hub cannot be reached; {kept}") from error
 
 
 def _copy(folder: Path, out: Path) -> None:

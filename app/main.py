@@ -53,7 +53,9 @@ def train(
     memory: Annotated[
         str | None, typer.Option(help="Of one device, for --plan, e.g. 24GiB. Default: that of the GPU.")
     ] = None,
-    devices: Annotated[int, typer.Option(help="That the sharded rows of --plan count with.", min=2)] = 8,
+    devices: Annotated[
+        int | None, typer.Option(help="That the sharded rows of --plan count with. Default: 8.", min=2)
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Train a student.
@@ -67,9 +69,15 @@ def train(
     from fewstep.distill.console import plan_command, train_command
 
     if plan:
-        plan_command(config, overrides or (), memory, devices, debug)
+        if resume or dry_run:
+            raise typer.BadParameter("trains nothing; leave out --resume and --dry-run", param_hint="--plan")
+        plan_command(config, overrides or (), memory, devices or 8, debug)
     elif memory is not None:
         raise typer.BadParameter("goes with --plan", param_hint="--memory")
+    elif devices is not None:
+        raise typer.BadParameter(
+            "goes with --plan; torchrun and accelerate launch start several", param_hint="--devices"
+        )
     else:
         train_command(config, overrides or (), resume, dry_run, debug)
 
@@ -146,6 +154,8 @@ def export(
 
     Example: fewstep export runs/quickstart my-model --format fused --push me/my-model
     """
+    if private and push is None:
+        raise typer.BadParameter("goes with --push", param_hint="--private")
     quiet(debug)
     from fewstep.app import export as exporting
 

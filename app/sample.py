@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewstep.distill import picture
-from fewstep.distill.data import read_prompts
+from fewstep.distill.captions import read_captions
 from fewstep.distill.evaluation import Sampler, Teacher, revisions, student_folder, student_sampler
 from fewstep.distill.sources import valid
 from fewstep.samplers.errors import UserError
@@ -75,7 +75,7 @@ def sample(
     """
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", *ANIMATED):
         raise UserError(f"--out {out}: must end in .png, .jpg, .gif or .webp")
-    prompts = prompts + (read_prompts(file) if file else [])
+    prompts = prompts + (read_captions(file) if file else [])
     if not prompts:
         raise UserError("no prompt: say -p PROMPT, or --prompts FILE with one prompt a line")
     prompts = [valid(prompt, "prompt") for prompt in prompts]

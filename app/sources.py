@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from fewstep.app.clips import ffmpeg
+from fewstep.distill.captions import read_prompts
 from fewstep.distill.config import TrainConfig, validate
-from fewstep.distill.data import read_prompts
 from fewstep.distill.evaluation import Sampler, Teacher, student_folder, student_sampler, teacher_of
 from fewstep.distill.prompt_sets import EXAMPLES
 from fewstep.distill.report import teacher_guidance

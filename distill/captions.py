@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fewstep.distill.data import read_prompts
 from fewstep.distill.sources import read_text, valid
 from fewstep.samplers.errors import UserError
 
@@ -51,6 +50,14 @@ def read_captions(path: str | Path) -> list[str]:
     if not found:
         raise UserError(f"prompts {path}: the table holds no caption")
     return found
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts of a text file, one a line, blank lines left out; UserError where there are none."""
+    prompts = [line.strip() for line in read_text(path, "prompts").split("\n") if line.strip()]
+    if not prompts:
+        raise UserError(f"prompts {path}: the file holds no prompt; one a line is expected")
+    return prompts
 
 
 def _rows(path: Path) -> Iterator[Any]:

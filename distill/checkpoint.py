@@ -190,7 +190,11 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
         if isinstance(value, Tensor):
             # a copy of each: what was loaded lies in the file, which is pruned while the optimiser still uses it
             like = parameters[int(index)]
-            value = sharding.part_of(value, like) if value.shape == like.shape else value
-            value = value.clone()
+            if sharding.is_part(like) and value.shape == like.shape:
+                value = sharding.part_of(value, like).clone()
+            elif value.shape == like.shape:  # laid out as its parameter, which fused optimisers ask for
+                value = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            else:
+                value = value.clone()
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": meta["param_groups"]})

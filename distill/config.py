@@ -95,10 +95,23 @@ def find(config: str | Path) -> Path:
     shipped = CONFIGS / f"{str(config).removesuffix('.yaml')}.yaml"
     if shipped.is_file():
         return shipped
+    if (path / "config.yaml").is_file():
+        raise ConfigError(f"{config}: a folder; did you mean {path / 'config.yaml'}?")
     names = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.yaml"))
     near = difflib.get_close_matches(str(config), names, 1)
     hint = f"did you mean {near[0]}?" if near else f"shipped: {', '.join(names)}"
     raise ConfigError(f"{config}: no such config file, and no shipped config of that name; {hint}")
+
+
+class _Once(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} is there twice")
+        return super().construct_mapping(node, deep)
 
 
 def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
@@ -117,7 +130,7 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
         path = find(config)
         where = str(config)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = yaml.load(path.read_text(encoding="utf-8"), _Once)
         except (yaml.YAMLError, ValueError) as error:  # a date that there is not, text that is not UTF-8
             raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
         except OSError as error:
@@ -164,7 +177,8 @@ def _line(where: str, model: type[TrainConfig], error: Mapping[str, Any]) -> str
         near = difflib.get_close_matches(key, model.model_fields, 1)
         return f"{where}: {key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if error["type"] == "missing":
-        return f"{where}: {key}: missing; {model.model_fields[key].description or 'it is required'}"
+        field = model.model_fields.get(key)  # none of a part of a value
+        return f"{where}: {key}: missing; {(field and field.description) or 'it is required'}"
     message = error["msg"].removeprefix("Value error, ")
     got = "" if isinstance(error.get("input"), dict) else f"; got {error.get('input')!r}"
     return f"{where}: {key + ': ' if key else ''}{message}{got}"

@@ -143,11 +143,12 @@ def dry(config: Any) -> str:
     import yaml
 
     from fewstep.distill import report
-    from fewstep.distill.run import methods_distiller, networks_of, refuse
+    from fewstep.distill.run import methods_distiller, networks_of, refuse, refuse_backbone
     from fewstep.samplers.load import load
 
     refuse(config)
     teacher = load(config.teacher, config.revision, config.variant)
+    refuse_backbone(config, type(teacher))
     method = methods_distiller(config, networks_of(config, teacher))
     report.check(config, method.step_counts, teacher)
     roles = [["role", "weights", "trained parameters"]]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from hashlib import sha256
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +17,12 @@ from torch import Tensor
 
 from fewstep.distill import clips, pictures
 from fewstep.distill.buckets import make_buckets, nearest
+from fewstep.distill.captions import read_captions
 from fewstep.distill.config import ConfigError, TrainConfig
 from fewstep.distill.files import source
 from fewstep.distill.methods import distiller
 from fewstep.distill.pictures import Unusable, fitted, picture, size_ids
-from fewstep.distill.sources import Source, read_text, some
+from fewstep.distill.sources import Source, some
 from fewstep.samplers.errors import UserError
 
 CAPTION_LEVELS = (0.40, 0.35, 0.10)
@@ -253,7 +253,7 @@ def data_set(
         return Images(files, sizes) if frames is None else Clips(files, sizes, frames[0], config.clip_fps or frames[1])
     if config.prompts == "embedded:emoji":
         return EmojiPrompts(config.num_samples, config.seed)
-    return Prompts(read_prompts(config.prompts or ""))
+    return Prompts(read_captions(config.prompts or ""))
 
 
 def captions(config: TrainConfig) -> list[str]:
@@ -271,11 +271,3 @@ def buckets(config: TrainConfig, pixels: tuple[int, int]) -> list[tuple[int, int
     if not config.aspect_ratio_buckets:
         return [pixels]
     return make_buckets(*pixels, config.bucket_reso_steps, config.min_bucket_reso, config.max_bucket_reso)
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a text file, one a line, blank lines left out; UserError where there are none."""
-    prompts = [line.strip() for line in read_text(path, "prompts").split("\n") if line.strip()]
-    if not prompts:
-        raise UserError(f"prompts {path}: the file holds no prompt; one a line is expected")
-    return prompts

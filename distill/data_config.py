@@ -43,7 +43,9 @@ class DataConfig(BaseModel, frozen=True):
     video_column: str = Field("video", description="of dataset_name, for a teacher of clips")
     caption_column: str = Field("text", description="of dataset_name, of metadata.jsonl, of .json files in shards")
     prompts: str | None = Field(
-        None, description="instead of images or clips with captions: a text file, one prompt a line, or embedded:NAME"
+        None,
+        description="instead of images or clips with captions: a text file, one prompt a line, a table of captions, or "
+        "embedded:NAME",
     )
     negative_prompt: Text = ""
     num_samples: int = Field(8000, ge=1, description="size of an embedded data set")
@@ -84,6 +86,13 @@ class DataConfig(BaseModel, frozen=True):
             raise ValueError(f"{given} has captions of its own, which the run learns from; set one of them to null")
         return prompts
 
+    @field_validator("max_bucket_reso")
+    @classmethod
+    def _longest(cls, side: int | None, info: ValidationInfo) -> int | None:
+        if side is not None and side < (info.data.get("min_bucket_reso") or 0):
+            raise ValueError(f"must be at least min_bucket_reso {info.data['min_bucket_reso']}")
+        return side
+
     @field_validator("height", "width")
     @classmethod
     def _square(cls, side: int | None, info: ValidationInfo) -> int | None:
@@ -98,7 +107,7 @@ class DataConfig(BaseModel, frozen=True):
         if not isinstance(value, str):
             return value
         try:
-            return [tuple(int(side) for side in size.split(",")) for size in value.split(";") if size.strip()]
+            return [(int(h), int(w)) for h, w in (size.split(",") for size in value.split(";") if size.strip())]
         except ValueError as error:
             raise ValueError("must be true, false, or sizes as 'height,width;height,width'") from error
 

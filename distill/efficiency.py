@@ -19,9 +19,9 @@ from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Role
 from fewstep.samplers import single_file
 from fewstep.samplers.adapters import bare, checkpointed
-from fewstep.samplers.attention import use_attention, why_not
+from fewstep.samplers.attention import kernels, use_attention, why_not
 from fewstep.samplers.denoisers.base import Denoiser
-from fewstep.samplers.errors import UserError
+from fewstep.samplers.errors import UserError, reason
 from fewstep.samplers.load import DTYPES, dtypes, index_of, load, resolve
 from fewstep.samplers.manifest import holds_lora
 
@@ -83,14 +83,18 @@ def refuse_here(config: TrainConfig, accelerator: Accelerator, networks: Callabl
     if config.mixed_precision == "fp16" and accelerator.scaler is None:
         # accelerate would train in float32 without a word
         raise UserError("mixed_precision fp16: needs a GPU; on this device use bf16 or no")
+    if (config.base_dtype, config.mixed_precision, accelerator.device.type) == ("fp16", "bf16", "cpu"):
+        raise UserError(
+            "base_dtype fp16: beside mixed_precision: bf16 it needs a GPU; on this device use base_dtype: bf16"
+        )
     kernel = config.attention not in ("auto", "sdpa")
     if not (kernel or config.channels_last or config.gradient_checkpointing):
         return
     found = list(networks())
     trained = DTYPES[config.base_dtype] if config.student == "lora" else torch.float32
     dtype = LOWER.get(config.mixed_precision, trained)
-    if kernel and (reason := why_not(found, config.attention, accelerator.device, dtype)) is not None:
-        raise UserError(f"attention {config.attention}: {reason}; attention: sdpa runs everywhere")
+    if kernel and (no := why_not(found, config.attention, accelerator.device, dtype)) is not None:
+        raise UserError(f"attention {config.attention}: {no}; attention: sdpa runs everywhere")
     for network in found:
         if config.channels_last:
             _convolutional(network)
@@ -159,6 +163,33 @@ def apply(config: TrainConfig, roles: dict[str, Role], device: torch.device) -> 
         if config.compile:
             compiled(network)
     return said
+
+
+def proven(config: TrainConfig, roles: dict[str, Role], ask: Callable[[Denoiser], Any]) -> list[str]:
+    """Ask the student once where its attention is another kernel than torch's; lines to say.
+
+    A trial of the kernel alone does not see what a network gives it: under autocast the norms of queries and keys of Flux,
+    Wan and SD 3.5 give float32 beside values of half precision, which xformers and flash-attn refuse.
+
+    Raises:
+        UserError: the kernel fails there; of `attention: auto` torch's own takes its place instead.
+    """
+    student = roles["student"].denoiser
+    networks = [bare(n) for role in roles.values() for n in role.denoiser.networks.values()]
+    if not (used := set.union(*map(kernels, networks)) - {"sdpa"}):
+        return []
+    try:
+        with torch.no_grad(), autocast(config.mixed_precision, student.device):
+            ask(student)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:  # each kernel has its own
+        said = f"{', '.join(sorted(used))} fails in {type(networks[0]).__name__}: {reason(error)}"
+        if config.attention != "auto":
+            raise UserError(f"attention {config.attention}: {said}; attention: sdpa runs everywhere") from error
+        use_attention(networks, "sdpa", student.device, student.network.dtype)
+        return [f"attention: sdpa ({said})"]
+    return []
 
 
 def channels_last(network: nn.Module) -> None:

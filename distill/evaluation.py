@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from fewstep.samplers.baseline import (
     counted,
     default_scheduler,
     has_spacing,
+    is_flow,
     scheduler_of,
     stock_images,
 )
@@ -132,6 +134,9 @@ class Teacher:
             raise UserError(f"steps {steps}: must be at least 1")
         if timesteps is not None and len(timesteps) != steps:
             raise UserError(f"timesteps {','.join(map(str, timesteps))}: {len(timesteps)} of them for {steps} steps")
+        top = self.own.config.get("num_train_timesteps", 1000) - (not is_flow(self.own))
+        if timesteps is not None and not all(a > b for a, b in pairwise((top + 1, *timesteps))):
+            raise UserError(f"timesteps {','.join(map(str, timesteps))}: must fall, from at most {top}")
         if guidance is not None and not math.isfinite(guidance):
             raise UserError(f"guidance scale {guidance}: must be a number")
         if eta is not None and not 0 <= eta <= 1:

@@ -37,11 +37,13 @@ class Need:
     optimizer: int
     activations: int
     scratch: int = 0
+    whole: int = 0
+    """Of sharded runs: the base before it is cut, when each device looks at the teacher and fills the cache."""
 
     @property
     def total(self) -> int:
-        """At the worst moment: in a backward, or in an optimiser's step, when activations are gone."""
-        return self.weights + self.gradients + self.optimizer + max(self.activations, self.scratch)
+        """At the worst moment: before training, in a backward, or in an optimiser's step, when activations are gone."""
+        return max(self.whole, self.weights + self.gradients + self.optimizer + max(self.activations, self.scratch))
 
 
 class _Fused(torch.autograd.Function):
@@ -260,6 +262,7 @@ def need(
         math.ceil(moments / devices),
         int(saved),
         math.ceil(gradients / devices) if fused else 0,  # AdamW on a GPU makes one more tensor of each weight's size
+        base_bytes(config, base) if devices > 1 else 0,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,9 @@ from fewstep.samplers.errors import UserError, reason
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+MESSAGE = 2**25
+"""Numbers in one message between processes, unless one tensor has more: 128 MiB."""
 
 
 class Networks:
@@ -184,16 +188,24 @@ def mean(accelerator: Accelerator, value: Tensor) -> Tensor:
 
 
 def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Mean of the gradients over processes, one message; DDP's wrapper fails over a base with two adapters.
+    """Mean of the gradients over processes, in place; DDP's wrapper fails over a base with two adapters.
 
-    A parameter that no process used (an expert for other levels) keeps its gradient None, as on one process.
+    In messages of `MESSAGE` numbers, so that no second copy of all lies beside them. A parameter that no process used (an
+    expert for other levels) keeps its gradient None, as on one process.
     """
-    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = mean(accelerator, torch.cat([used, *(g.reshape(-1) for g in parts)]))
-    used, *means = flat.split([len(parameters), *(g.numel() for g in parts)])
-    for parameter, gradient, by_any in zip(parameters, means, used.tolist(), strict=True):
-        parameter.grad = gradient.reshape(parameter.shape) if by_any else None
+    used = mean(accelerator, torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device))
+    gradients = []
+    for parameter, by_any in zip(parameters, used.tolist(), strict=True):
+        if by_any:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
+    while gradients:
+        ends = [0, *itertools.accumulate(g.numel() for g in gradients)]
+        n = max(1, sum(end <= MESSAGE for end in ends[1:]))
+        means = mean(accelerator, torch.cat([g.reshape(-1) for g in gradients[:n]]))
+        for gradient, values in zip(gradients[:n], means.split([g.numel() for g in gradients[:n]]), strict=True):
+            gradient.copy_(values.view(gradient.shape))  # which keeps its layout
+        gradients = gradients[n:]
 
 
 @torch.no_grad()

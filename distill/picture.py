@@ -7,7 +7,7 @@ import os
 import struct
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -108,4 +108,5 @@ def replaced(path: Path) -> Iterator[Path]:
     ) as error:  # each format refuses wide pictures in its own way
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
     finally:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):  # a parent that is no folder
+            new.unlink(missing_ok=True)

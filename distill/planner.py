@@ -25,7 +25,7 @@ NOTE = (
     "activations: the tensors that autograd keeps of one call of the student at this batch size, by their shapes, times "
     "the rows with a graph that the method's losses hold (an upper bound); with checkpointing the inputs of all blocks and "
     "the inside of the largest; attention by a fused kernel. Buffers of kernels and the allocator's rounding come on top: "
-    "keep a tenth free"
+    "keep a tenth free. With FSDP the whole base lies on each device before it is cut, and the total is no less"
 )
 
 
@@ -53,7 +53,10 @@ def strategies(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, Tr
             yield kind, "checkpointing, base bf16", asked.model_copy(update=bf16), True, 1
             nf4 = bf16 | {"quantization_config": "nf4"}
             yield kind, "checkpointing, base nf4", asked.model_copy(update=nf4), True, 1
-        yield kind, f"checkpointing, FSDP over {devices}", asked, True, devices
+        whole = asked.model_copy(
+            update={"base_dtype": "fp32", "quantization_config": None}
+        )  # what shards can be cut of
+        yield kind, f"checkpointing, FSDP over {devices}", whole, True, devices
 
 
 def plan(config: TrainConfig, memory: str | None = None, devices: int = 8, base: Denoiser | None = None) -> str:

@@ -32,6 +32,7 @@ from fewstep.samplers.router import ROUTER
 
 MAY_CHANGE = {
     *("max_train_steps", "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "validation_steps"),
+    *("validation_prompts", "validation_guidance_scale"),
     *("attention", "gradient_checkpointing", "compile", "channels_last", "offload_encoders"),
     *(
         "report_to",
@@ -276,15 +277,19 @@ class Record:
             return
         from torchvision.utils import save_image  # type: ignore[import-untyped]
 
-        condition = self.preview_condition
+        condition, at_once = (
+            self.preview_condition,
+            self.config.train_batch_size,
+        )  # no more rows than training has: memory
         seeds = [self.config.seed + i for i in range(condition.size)]
         teacher, picture = self._teacher
         shape = pixels_shape(self.config, student)
 
         def drawn(denoiser: Denoiser, plan: SamplingPlan) -> Tensor:
+            rows = [range(len(seeds))[i : i + at_once] for i in range(0, len(seeds), at_once)]
             with autocast(self.accelerator.mixed_precision, self.accelerator.device):
-                latents = sample(denoiser, condition, plan, seeds, shape)
-            return pictures(student, latents)
+                parts = [sample(denoiser, condition[r], plan, [seeds[i] for i in r], shape) for r in rows]
+            return pictures(student, torch.cat(parts))
 
         if picture is None:
             scale = self.config.validation_guidance_scale or getattr(self.config, "guidance_scale", 1.0)

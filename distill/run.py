@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, set_seed
@@ -16,6 +18,7 @@ from fewstep.distill import cache, efficiency, in_training, report, safeguards, 
 from fewstep.distill import data as data_sets
 from fewstep.distill.alarm import sample_alarm
 from fewstep.distill.batches import Batches
+from fewstep.distill.captions import read_captions
 from fewstep.distill.config import ConfigError, TrainConfig, load_config
 from fewstep.distill.data import DataSet
 from fewstep.distill.distiller import Distiller
@@ -68,7 +71,7 @@ def refuse(config: TrainConfig) -> None:
     if config.aspect_ratio_buckets and not config.has_images:
         raise ConfigError("config: aspect_ratio_buckets: sorts images; give train_data or dataset_name")
     if not config.has_images and config.prompts not in (None, "embedded:emoji"):
-        data_sets.read_prompts(config.prompts)
+        read_captions(config.prompts)
     if isinstance(config, DistributionMatchingConfig) and config.decodes and config.regression_metric == "lpips":
         regression.lpips(config.lpips_net, config.lpips_weights)
     check_tracker(config.report_to)
@@ -81,6 +84,14 @@ def refuse(config: TrainConfig) -> None:
                 "config: quantization_config: this teacher's pipeline takes no LoRA beside its weights, where it would have to "
                 "be added, and packed ones cannot be; base_dtype: bf16 halves the base without it"
             )
+
+
+def refuse_backbone(config: TrainConfig, backbone: type[Denoiser]) -> None:
+    """Refuse what this family of teachers has not."""
+    if config.num_frames is not None and not backbone.clips:
+        raise ConfigError(f"config: num_frames: {config.num_frames}; this teacher makes images, leave it out")
+    if reason := why_not(config, backbone):
+        raise ConfigError(f"config: method {config.method}: {reason}")
 
 
 def methods_distiller(config: TrainConfig, networks: Networks) -> Distiller:
@@ -128,7 +139,10 @@ def train(
         return config.run_dir
     with ExitStack() as held:
         record, trained = _fit(config, resume, teacher, data, held)
-    # from what lies in the folder, once training's networks are out of memory
+    # from what lies in the folder, once training's networks are out of memory: some hold one another
+    gc.collect()
+    if record.accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
     due = trained or not report.current(config)
     if config.report_num is not None and due and record.accelerator.is_main_process:
         report.report_run(config.run_dir, record.say)
@@ -141,8 +155,7 @@ def _fit(
     """Train and save the student; False where a resumed run had nothing left to do. `held` has what ends after it."""
     refuse(config)
     backbone = family(class_of(config.teacher, config.revision)) if teacher is None else type(teacher)
-    if reason := why_not(config, backbone):
-        raise ConfigError(f"config: method {config.method}: {reason}")
+    refuse_backbone(config, backbone)
     files = source(config, backbone.clips) if data is None else None
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
@@ -162,6 +175,11 @@ def _fit(
     if accelerator.is_main_process:
         held.enter_context(locked(config.run_dir))
     record.open(resume)
+    alone, on_pairs = (getattr(config, key, 0) for key in ("fake_score_warmup_steps", "regression_warmup_steps"))
+    if alone >= config.max_train_steps and not on_pairs:
+        record.say(
+            f"fake_score_warmup_steps {alone}: the student learns nothing in {config.max_train_steps} iterations"
+        )
     if resume and record.finished():
         record.say(f"{config.run_dir}: nothing left to train")
         return record, False
@@ -237,6 +255,15 @@ def _fit(
         shapes,
         pairs,
     )
+
+    def ask(of: Denoiser) -> None:
+        one = of.encode(data.captions[:1]) if condition is None else condition[range(1)]
+        one = one.to(accelerator.device)
+        one = one.with_guidance(1.0) if of.takes_guidance else one
+        of.predict(torch.zeros(1, *shape, device=accelerator.device), torch.tensor(0.5), one)
+
+    for line in efficiency.proven(config, method.roles(), ask):
+        record.say(line)
     trainer = Trainer(config, accelerator, method, batches, record)
     if config.collapse_alarm:
         trainer.alarm.reference, trainer.samples = reference, sample_alarm(config, method, batches, record)
@@ -248,9 +275,9 @@ def _fit(
     trainer.run()
     safeguards.check_unmoved(weights, teacher)
     with trainer.averaged():
-        record.preview(method, student, trainer.iteration)
+        exported = student
         if sharded:
-            student = sharding.gathered(student, skeletons, accelerator.is_main_process)
+            exported = sharding.gathered(student, skeletons, accelerator.is_main_process)
         if accelerator.is_main_process:
             manifest = Manifest(
                 base=config.teacher,
@@ -266,7 +293,8 @@ def _fit(
                 width=config.width,
                 num_frames=config.num_frames,
             )
-            save_student(config.run_dir / "student", student, manifest)
+            save_student(config.run_dir / "student", exported, manifest)
+        record.preview(method, student, trainer.iteration)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()

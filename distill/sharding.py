@@ -99,14 +99,15 @@ def shard(roles: Iterable[Role], base: Denoiser, device: torch.device) -> None:
     modules = {bare(n): None for d in (base, *(r.denoiser for r in roles)) for n in d.networks.values()}
     modules |= {m: None for role in roles for m in role.modules.values()}
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    parts: dict[int, nn.Parameter] = {}
-    for module in modules:
-        before = [(name, id(parameter)) for name, parameter in module.named_parameters()]
-        _shard(module, mesh)
-        after = dict(module.named_parameters())
-        parts |= {key: after[name] for name, key in before}
+    places = {id(p): (module, name) for module in modules for name, p in module.named_parameters()}
+    own = [{k: places[id(p)] for k, p in role.parameters.items()} for role in roles]
     for role in roles:
-        role.parameters.update({k: parts[id(p)] for k, p in role.parameters.items()})
+        role.parameters.clear()  # what they held would be moved to the device whole, and stay
+    for module in modules:
+        _shard(module, mesh)
+    parts = {module: dict(module.named_parameters()) for module in modules}
+    for role, names in zip(roles, own, strict=True):
+        role.parameters.update({k: parts[module][name] for k, (module, name) in names.items()})
 
 
 def _shard(module: nn.Module, mesh: Any) -> None:

@@ -203,4 +203,4 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     @property
     def run_dir(self) -> Path:
         """Where the run is written."""
-        return Path(self.output_dir) / self.name
+        return Path(self.output_dir).expanduser() / self.name

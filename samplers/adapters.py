@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -66,6 +67,8 @@ def checkpointed(network: nn.Module) -> None:
         return nullcontext(), _active(network, getattr(network, "_fewstep_active", ()))
 
     def run(block: Any, *args: Any) -> Any:
+        if torch.compiler.is_compiling():  # a compiled form has its adapter, and such contexts cannot be compiled
+            return checkpoint(block, *args, use_reentrant=False)
         return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
     network.enable_gradient_checkpointing(run)  # type: ignore[operator]

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -49,6 +50,12 @@ def default_scheduler(own: Any) -> str:
     return "ddim" if own.config.get("clip_sample") else "dpmsolver++"  # DPM-Solver++ cannot clip
 
 
+def known(name: str) -> None:
+    """UserError for what is no scheduler's name."""
+    if name != "own" and name not in SCHEDULERS:
+        raise UserError(f"scheduler {name!r} is unknown; allowed: own, {', '.join(SCHEDULERS)}")
+
+
 def scheduler_of(own: Any, name: str = "own", spacing: str | None = None) -> Any:
     """A stock scheduler on a pipeline's noise levels.
 
@@ -62,8 +69,7 @@ def scheduler_of(own: Any, name: str = "own", spacing: str | None = None) -> Any
     """
     import diffusers
 
-    if name != "own" and name not in SCHEDULERS:
-        raise UserError(f"scheduler {name!r} is unknown; allowed: own, {', '.join(SCHEDULERS)}")
+    known(name)
     if spacing is not None and spacing not in SPACINGS:
         raise UserError(f"spacing {spacing!r} is unknown; allowed: {', '.join(SPACINGS)}")
     config = dict(own.config)
@@ -124,6 +130,9 @@ def stock_images(
     """
     takes = inspect.signature(pipeline.__call__).parameters
     wanted: dict[str, Any] = {k: v for k, v in size.items() if v is not None}
+    if len({"height", "width"} & wanted.keys()) == 1:  # some calls would leave out the one that is given
+        pixels = family(type(pipeline).__name__)(pipeline).pixels(wanted.get("height"), wanted.get("width"))
+        wanted |= dict(zip(("height", "width"), pixels, strict=True))
     wanted |= family(type(pipeline).__name__).call_arguments(pipeline, prompts)
     wanted["output_type"] = "np" if "batch_size" in wanted else "pt"
     if "guidance_scale" in takes:
@@ -144,7 +153,7 @@ def stock_images(
             f"timesteps: {type(pipeline.scheduler).__name__} takes none of its own; scheduler lcm or tcd does"
         )
     try:
-        with torch.no_grad(), _decoding(pipeline):
+        with torch.no_grad(), _decoding(pipeline), _one_step(pipeline, steps):
             out = pipeline(generator=generators(seeds), num_inference_steps=steps, **wanted)
     except ValueError as error:  # steps, times and sizes that the pipeline or its scheduler does not take
         raise UserError(f"{type(pipeline).__name__}, {steps} steps: {reason(error)}") from error
@@ -174,6 +183,30 @@ def _decoding(pipeline: Any) -> Iterator[None]:
         yield
     finally:
         del vae.decode
+
+
+@contextmanager
+def _one_step(pipeline: Any, steps: int) -> Iterator[None]:
+    """Within the block a single step of PixArt alpha gives a pair: its call takes the second entry, DMD's clean sample."""
+    scheduler = pipeline.scheduler
+    own = "step" in vars(scheduler)
+    if steps != 1 or type(pipeline).__name__ != "PixArtAlphaPipeline":
+        yield
+        return
+    step = scheduler.step
+
+    @wraps(step)
+    def paired(*args: Any, **kwargs: Any) -> Any:
+        found = step(*args, **kwargs)
+        return (*found, *found) if isinstance(found, tuple) and len(found) == 1 else found
+
+    scheduler.step = paired
+    try:
+        yield
+    finally:
+        del scheduler.step
+        if own:
+            scheduler.step = step
 
 
 @contextmanager

@@ -172,6 +172,7 @@ def load_pipeline(
     with one_line(f"{base}: cannot be loaded as {name}"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch_dtype`", FutureWarning)  # the oldest diffusers here knows no `dtype`
         if file is None:
+            _whole(resolve(base), [n for n in extra if n not in ("torch_dtype", "quantization_config")])
             pipeline = cls.from_pretrained(
                 resolve(base), revision=revision, variant=variant, use_safetensors=True, **extra
             )
@@ -185,6 +186,16 @@ def load_pipeline(
     for lora in loras:
         foreign.add(pipeline, lora)
     return pipeline
+
+
+def _whole(folder: str, given: list[str]) -> None:
+    """UserError for a folder that lacks a component: of a tokenizer transformers would make an empty one without a word."""
+    if not Path(folder).is_dir():
+        return
+    for name, value in index_of(folder).items():
+        named = isinstance(value, list) and len(value) == 2 and all(value)
+        if named and name not in given and not (Path(folder) / name).is_dir():
+            raise UserError(f"{folder}: {name}/ is missing, which model_index.json names; copy the folder again")
 
 
 def load(source: str | Path, revision: str | None = None, variant: str | None = None, **components: Any) -> Denoiser:
@@ -256,7 +267,9 @@ def _on_base(
     try:
         teacher = load(where, revision, variant, **components)
     except UserError as error:
-        raise UserError(f"{folder}: its base cannot be loaded; {error}; base= names another place of it") from error
+        raise UserError(
+            f'{folder}: its base cannot be loaded; {error}; "base" in its {MANIFEST} may name another place of it'
+        ) from error
     if type(teacher.pipeline).__name__ != manifest.pipeline or not same_weights(
         fingerprint(teacher), manifest.fingerprint
     ):

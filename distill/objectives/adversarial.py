@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, softplus
 
 from fewstep.distill.distiller import Role
+from fewstep.samplers.adapters import bare
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
 
@@ -121,10 +122,16 @@ def discriminator(
     if kind == "mean":
         return Discriminator(role.denoiser, blocks)
     read = teacher or role.denoiser
-    x = torch.zeros(1, *(shape or read.latent_shape()), device=read.device)
+    home = read.device
+    # roles that are to be sharded lie in main memory, where a call of a large network takes hours
+    device = torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
+    x = torch.zeros(1, *(shape or read.latent_shape()), device=device)
     with torch.no_grad():
-        condition = read.encode([""]).to(x.device)
-        heads = Heads(read.features(x, torch.ones(1), condition, blocks), seed).to(x.device)
+        condition = read.encode([""]).to(device)
+        networks = [bare(network).to(device) for network in read.networks.values()]
+        heads = Heads(read.features(x, torch.ones(1), condition, blocks), seed).to(home)
+        for network in networks:
+            network.to(home)
     role.modules["discriminator"] = heads
     role.parameters |= {f"discriminator.{k}": p for k, p in heads.named_parameters()}
     return Discriminator(read, blocks, heads, still=teacher is not None)

@@ -121,7 +121,7 @@ def test_sample_refuses_an_unknown_scheduler(fewstep: Command, teacher: Path):
         (["--steps", "60", "--scheduler", "lcm"], "60 steps: "),
         (
             ["--steps", "2", "--scheduler", "lcm", "--timesteps", "249,999"],
-            "2 steps: `custom_timesteps` must be in desc",
+            "timesteps 249,999: must fall, from at most 999",
         ),
         (["--steps", "2000", "--scheduler", "ddim"], "2000 steps: `num_inference_steps`: 2000 cannot be larger than"),
         (["--seed", str(2**64)], "Invalid value for '--seed': Input should be less"),

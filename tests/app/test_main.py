@@ -61,6 +61,8 @@ finally:
         (["teacher=no/where/at/all"], ["no/where/at/all: no such folder"]),
         (["teacher=embedded:emojis"], ["embedded:emojis: no such embedded teacher"]),
         (["prompts=missing.txt"], ["missing.txt: cannot be read"]),
+        (["aspect_ratio_buckets=64;64"], ["aspect_ratio_buckets: must be true, false, or sizes as"]),
+        (["num_frames=5"], ["num_frames: 5; this teacher makes images, leave it out"]),
         (["report_scheduler=dpm"], ["scheduler 'dpm' is unknown; allowed: own, ddim"]),
         (["height=32"], ["report_prompts: embedded:emoji is judged by images of 64x64 pixels", "images of 32x64"]),
         (["report_prompts=[embedded:emojis]"], ["embedded:emojis: no such embedded prompts; shipped: embedded:emoji,"]),
@@ -214,6 +216,44 @@ def test_a_plan_prints_what_fits_and_writes_nothing(fewstep: Command, config: Pa
     assert not any(tmp_path.iterdir())
     refused(fewstep("train", config, "--plan", "--memory", "much"), "--memory much", "such as 24GiB")
     refused(fewstep("train", config, "--memory", "24GiB"), "--memory", "goes with --plan")
+    refused(fewstep("train", config, "--devices", "4"), "--devices", "goes with --plan", "torchrun")
+    refused(fewstep("train", config, "--plan", "--resume"), "--plan", "trains nothing")
+    refused(fewstep("export", "run", "out", "--private"), "--private", "goes with --push")
+
+
+def test_a_run_is_no_config(fewstep: Command, trained: Path):
+    """Its folder is named where its config was meant."""
+    refused(fewstep("train", trained, "--resume"), f"did you mean {trained / 'config.yaml'}?")
+
+
+def test_a_folder_that_lacks_a_tokenizer_is_refused(fewstep: Command, broken: Path, tmp_path: Path):
+    """transformers would make an empty one, and every prompt would be noise."""
+    shutil.rmtree(broken / "tokenizer")
+    refused(fewstep("sample", broken, "-p", "a cat", "--out", tmp_path / "x.png"), "tokenizer/ is missing")
+
+
+def test_what_no_row_could_be_sampled_by_is_refused_first(
+    fewstep: Command, trained: Path, teacher: Path, tmp_path: Path
+):
+    out = ("--steps", "2", "--prompts", "embedded:emoji", "--out", tmp_path / "report.json")
+    refused(fewstep("evaluate", trained, teacher, "--scheduler", "dpm", *out), "scheduler 'dpm' is unknown")
+    assert not any(tmp_path.iterdir())
+    for times in ("999,5000", "100,999", "999,999"):
+        answer = fewstep(
+            "sample", teacher, "-p", "a", "--scheduler", "lcm", "--timesteps", times, "--out", tmp_path / "x.png"
+        )
+        refused(answer, f"timesteps {times}: must fall, from at most 999")
+    (tmp_path / "file").write_text("")
+    answer = fewstep("sample", teacher, "-p", "a", "-n", 1, "--steps", 1, "--out", tmp_path / "file" / "x.png")
+    refused(answer, "x.png: cannot be written")
+
+
+def test_a_warm_up_of_the_whole_run_is_said(fewstep: Command, config: Path, tmp_path: Path):
+    """The student is saved as it started."""
+    keys = ("fake_score_warmup_steps=2", "report_num=null", f"output_dir={tmp_path}")
+    answer = fewstep("train", config, *keys)
+    assert answer.code == 0
+    assert "fake_score_warmup_steps 2: the student learns nothing in 2 iterations" in answer.out + answer.err
 
 
 def test_the_module_is_the_same_command(

@@ -125,5 +125,6 @@ def test_what_a_hub_may_answer(
     point_at("http://127.0.0.1:9", monkeypatch)
     answer = fewstep("export", trained, tmp_path / "away", "--push", "me/fruit")
     assert (answer.code, answer.err) == (
-        2, "--push me/fruit: the hub cannot be reached; what was exported stays\n"
+        2, "--push me/fruit: the hub cannot be reached; what was exported stays: "
+        f"hf upload me/fruit {tmp_path / 'away'} sends it\n"
     )  # fmt: skip

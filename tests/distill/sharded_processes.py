@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,18 @@ def main(folder: Path) -> None:
     shard = sharding.shard
 
     def sharded(roles: Any, base: Denoiser, device: torch.device) -> None:
+        before = [weakref.ref(p) for role in roles for p in role.parameters.values()]
+        whole: list[int] = []
+        real = sharding._shard
+
+        def noting(module: Any, mesh: Any) -> None:
+            real(module, mesh)
+            whole.append(sum(p() is not None for p in before))
+
+        sharding._shard = noting
         shard(roles, base, device)
-        found["held"].append(held(dict(enumerate(roles)), base))
+        sharding._shard = real
+        found["held"].append(held(dict(enumerate(roles)), base) | {"whole": [len(before), *whole]})
 
     sharding.shard = sharded
     looked_at(pytest.MonkeyPatch())

@@ -247,6 +247,23 @@ def step(parameters: list[Any], optimizer: torch.optim.Optimizer, iterations: ra
         optimizer.step()
 
 
+def test_an_optimisers_state_is_laid_out_as_its_parameters(tmp_path: Path):
+    """CUDA's fused AdamW refuses another layout, and files have one alone."""
+    parameter = torch.nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.AdamW([parameter], 0.1)
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    tensors, meta = checkpoint.pack_optimizer(optimizer)
+    folder = checkpoint.save(tmp_path, 1, {"optimizer": tensors}, {"optimizer": json.loads(json.dumps(meta))})
+    groups, read = checkpoint.load(folder)
+    fresh = torch.optim.AdamW([parameter], 0.1)
+    checkpoint.unpack_optimizer(fresh, groups["optimizer"], read["optimizer"])
+    for name in ("exp_avg", "exp_avg_sq"):
+        found, want = fresh.state[parameter][name], optimizer.state[parameter][name]
+        assert torch.equal(found, want)
+        assert found.stride() == parameter.stride()
+
+
 class Wrapping(torch.optim.AdamW):
     """Has its moments in a dict inside its state, as bitsandbytes since 0.49, and takes them back without it."""
 

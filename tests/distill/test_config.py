@@ -30,6 +30,10 @@ def mistakes(values: object, *overrides: str) -> list[str]:
         ({"method": None}, f"config: method: missing; known: {KNOWN}"),
         ({"method": ["lcm"]}, f"config: method: ['lcm'] is unknown; did you mean lcm? known: {KNOWN}"),
         ({"student": "half"}, "config: student: Input should be 'lora' or 'full'; got 'half'"),
+        (
+            {"min_bucket_reso": 128, "max_bucket_reso": 64},
+            "config: max_bucket_reso: must be at least min_bucket_reso 128; got 64",
+        ),
         ({"rank": 0}, "config: rank: Input should be greater than or equal to 1; got 0"),
         ({"learning_rate": float("nan")}, "config: learning_rate: Input should be a finite number; got nan"),
         ({"name": "a/b"}, "config: name: must be one folder name; got 'a/b'"),
@@ -131,6 +135,17 @@ def test_no_precision_needs_no_quotes():
     assert load_config("quickstart", ["mixed_precision=no"]).mixed_precision == "no"
 
 
+def test_a_part_of_a_value_that_is_missing_has_its_line():
+    lines = mistakes(GOOD | {"aspect_ratio_buckets": [[64]]})
+    assert lines[-1].endswith(".0.1: missing; it is required")
+
+
+def test_a_home_folder_is_the_users(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load_config("quickstart", ["output_dir=~/runs", "name=a"])
+    assert config.run_dir == Path("/home/someone/runs/a")
+
+
 def test_a_file_that_is_no_config(tmp_path: Path):
     listed, broken, binary = (tmp_path / n for n in ("list.yaml", "broken.yaml", "binary.yaml"))
     listed.write_text("- a\n- b\n")
@@ -138,6 +153,8 @@ def test_a_file_that_is_no_config(tmp_path: Path):
     binary.write_bytes(b"\xff\xfe\x00")
     assert mistakes(listed) == [f"{listed}: must be a mapping of keys to values"]
     assert mistakes(broken)[0].startswith(f"{broken}: not YAML: ")
+    broken.write_text("method: lcm\nrank: 4\nsteps: [1]\nrank: 8\n")
+    assert mistakes(broken) == [f"{broken}: not YAML: rank is there twice"]
     assert mistakes(binary)[0].startswith(f"{binary}: not YAML: ")
     [line] = mistakes("quickstrat")
     assert line.endswith("no shipped config of that name; did you mean quickstart?")

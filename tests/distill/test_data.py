@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from fewstep.distill.data import EmojiImages, EmojiPrompts, Images, Prompts, read_prompts
+from fewstep.distill.captions import read_prompts
+from fewstep.distill.data import EmojiImages, EmojiPrompts, Images, Prompts, data_set
 from fewstep.distill.sources import Source, folder, source_of
 from fewstep.metrics.emoji import drawings
 from fewstep.samplers.errors import UserError
-from tests.distill.runs import write_images
+from tests.distill.runs import config, write_images
 
 
 def test_an_image_folder(tmp_path: Path):
@@ -79,6 +80,14 @@ def test_a_bad_folder_is_one_line(tmp_path: Path, spoil: Callable[[Path], Any], 
         read_all(path)
     assert str(caught.value).startswith(message.format(f=path))
     assert "\n" not in str(caught.value)
+
+
+def test_prompts_may_be_a_table(tmp_path: Path):
+    """Its captions, as in a report; not its lines."""
+    (tmp_path / "captions.csv").write_text("image_id,caption\n1,a cat\n2,a dog\n")
+    assert data_set(
+        config(tmp_path, train_data=None, prompts=str(tmp_path / "captions.csv"), method="dmd2", steps=[1]), (8, 8)
+    ).captions == ["a cat", "a dog"]
 
 
 def test_equal_captions_are_one(tmp_path: Path):

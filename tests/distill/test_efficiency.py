@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import XFormersAttnProcessor
 from torch import Tensor
 
 from fewstep.distill import efficiency, run
@@ -154,8 +155,11 @@ def test_compiled_networks_follow_their_adapter():
     assert len(frames) >= 3
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_compiled_networks_train_the_same_bits(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+def test_compiled_networks_train_the_same_bits(
+    tmp_path: Path, kind: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+):
     """Two iterations of student, fake score and teacher by `train`; what dynamo captures is run as it is, uncompiled."""
     graphs: list[Any] = []
 
@@ -170,13 +174,40 @@ def test_compiled_networks_train_the_same_bits(tmp_path: Path, kind: str, monkey
     (tmp_path / "prompts.txt").write_text("golden retriever\n7\n")
     changes = {"student": kind, "rank": 2, "train_data": None, "prompts": str(tmp_path / "prompts.txt"), "steps": [1]}
     changes |= {"fake_score_updates": 1, "max_train_steps": 2, "train_batch_size": 2, "guidance_scale": 2.0}
-    changes |= {"method": "dmd2", "preflight": False}
+    changes |= {"method": "dmd2", "preflight": False, "gradient_checkpointing": checkpointing}
     runs = []
     for on in (False, True):
         folder = train(config(tmp_path, **changes, compile=on, name=str(on)), teacher=denoiser_of(tiny_dit()))
         runs.append((metrics(folder), (folder / "checkpoints/step-000002/manifest.json").read_text()))
         assert bool(graphs) == on
     assert runs[0] == runs[1]
+
+
+def test_a_kernel_is_tried_in_the_network(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    """Of `auto` torch's own takes its place where the network gives it what it refuses; asked for, that is an error."""
+    asked: list[Any] = []
+
+    def refusing(denoiser: Denoiser) -> None:
+        asked.append((denoiser, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        raise ValueError("Query/Key/Value should either all have the same dtype")
+
+    made = Networks(teacher(), "lora", rank=2)
+    roles = {"student": made.trained("student"), "teacher": made.teacher()}
+    auto, named = (settings(attention=name, mixed_precision="bf16") for name in ("auto", "xformers"))
+    assert efficiency.proven(auto, roles, refusing) == []  # torch's own needs no trial
+    assert asked == []
+    bare(made.base.network).down_blocks[0].attentions[0].transformer_blocks[0].attn1.set_processor(
+        XFormersAttnProcessor()
+    )
+    assert efficiency.proven(auto, roles, lambda denoiser: None) == []
+    with pytest.raises(
+        UserError, match=r"^attention xformers: xformers fails in UNet2DConditionModel: Query/Key/Value"
+    ):
+        efficiency.proven(named, roles, refusing)
+    (line,) = efficiency.proven(auto, roles, refusing)
+    assert line.startswith("attention: sdpa (xformers fails in UNet2DConditionModel: Query/Key/Value should")
+    assert efficiency.proven(auto, roles, refusing) == []
+    assert asked == [(roles["student"].denoiser, False, True)] * 2
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -294,6 +325,11 @@ def test_a_quantised_base_is_diffusers_own(settings: Callable[..., Any], monkeyp
         settings(quantization_config="int8", student="full")
     with pytest.raises(UserError, match="quantization_config: weights are quantised while they load"):
         efficiency.cast_base(settings(quantization_config="int8"), teacher())
+
+
+def test_half_precision_of_two_kinds_needs_a_gpu(settings: Callable[..., Any]):
+    with pytest.raises(UserError, match=r"^base_dtype fp16: beside mixed_precision: bf16 it needs a GPU"):
+        train(settings(base_dtype="fp16", mixed_precision="bf16"), teacher=teacher())
 
 
 @pytest.mark.parametrize(

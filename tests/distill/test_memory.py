@@ -219,6 +219,14 @@ def test_a_plan_says_what_fits(tmp_path: Path):
     assert re.search(rf"^student +{lora:,} +{full:,} +{full:,}$", text, re.MULTILINE)
     assert "LoRA on a shared base, checkpointing, FSDP over 4" in text
     assert "this config: LoRA on a shared base, checkpointing, 0." in text
+    # sharded over many, what each device holds is still the whole base, in float32 whatever was asked, before it is cut
+    base = skeleton(tmp_path / "pipeline")
+    many = need(settings, made(settings, base), base, True, 1000)
+    assert many.total == many.whole == base_bytes(settings, real) > many.weights
+    low = config(tmp_path, method="dmd2", teacher=str(tmp_path / "pipeline"), base_dtype="bf16")
+    assert [line for line in plan(low, "24GiB", 4).splitlines() if "FSDP" in line and "GiB" not in line] == [
+        line for line in text.splitlines() if "FSDP" in line and "GiB" not in line
+    ]
     assert "which fits" in text
     small = plan(settings, "0.0001MiB", 4)
     assert "hold: none of these" in small

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fewstep.distill import networks as roles_of_a_run
 from fewstep.distill.distiller import Role
-from fewstep.distill.networks import Networks, require_grad, swapped, update_average
+from fewstep.distill.networks import Networks, average_gradients, require_grad, swapped, update_average
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
@@ -234,3 +235,23 @@ def test_a_teacher_with_adapters_is_refused(kind: str):
     Networks(teacher, "lora", rank=2).trained("student")
     with pytest.raises(UserError, match="unet carries LoRA adapters"):
         networks(kind, teacher)
+
+
+def test_gradients_are_averaged_where_they_lie(monkeypatch: pytest.MonkeyPatch):
+    """In several messages, each into the gradient that is there, in its layout; one that nobody has stays None."""
+    sent: list[Tensor] = []
+    monkeypatch.setattr(roles_of_a_run, "mean", lambda accelerator, value: sent.append(value) or value / 2)
+    monkeypatch.setattr(roles_of_a_run, "MESSAGE", 50)
+    shapes = [(4, 3, 2, 2), (7,), (60,), (5,), (3,)]
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    parameters[0].data = parameters[0].data.to(memory_format=torch.channels_last)
+    for p in parameters[:4]:
+        p.grad = torch.randn_like(p)
+    before = [(p.grad, p.grad.clone()) for p in parameters[:4] if p.grad is not None]
+    average_gradients(None, parameters)  # type: ignore[arg-type]
+    assert [len(value) for value in sent] == [5, 48, 7, 60, 5]
+    for p, (own, value) in zip(parameters, before, strict=False):
+        assert p.grad is own
+        assert torch.equal(own, value / 2)
+        assert own.stride() == p.stride()
+    assert parameters[4].grad is None

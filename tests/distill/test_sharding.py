@@ -96,6 +96,7 @@ def test_every_weight_is_in_parts(runs: tuple[Path, list[dict[str, Any]]]):
         assert first["share"] + second["share"] == pytest.approx(1)
         assert first["share"] < 0.6  # of an odd number of rows the first has one more
         assert first["trained"] > 0
+        assert first["whole"][0] > 0 == first["whole"][-1]  # nobody holds what was moved to the device whole
     assert [h["modules"] for h in found[0]["held"]] == [["discriminator"], []] * 2
 
 

@@ -104,6 +104,9 @@ def test_an_image_depends_on_its_own_seed(sd: Any):
 def test_size_and_negative_prompt_reach_the_pipeline(sd: Any):
     small, large = (stock_images(sd, ["a cat"], [0], 2, 3.0, height=h, width=16) for h in (16, 32))
     assert (small.shape, large.shape) == ((1, 3, 16, 16), (1, 3, 32, 16))
+    # one side alone: Stable Diffusion's call would leave it out
+    assert stock_images(sd, ["a cat"], [0], 2, 3.0, height=32).shape == (1, 3, 32, 16)
+    assert stock_images(sd, ["a cat"], [0], 2, 3.0, width=32).shape == (1, 3, 16, 32)
     other = stock_images(sd, ["a cat"], [0], 2, 3.0, "a dog")
     assert (other - small).abs().mean() > 1e-3
     with pytest.raises(UserError, match="StableDiffusionPipeline takes no num_frames"):
@@ -121,6 +124,15 @@ def test_no_negative_prompt_is_the_pipelines_own():
     ours = stock_images(pipe, ["a cat"], [0], 2, 6.0)
     torch.testing.assert_close(ours, own)
     assert (ours - of_empty).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["own", "dpmsolver++", "ddim", "lcm"])
+def test_one_step_of_pixart_alpha(name: str):
+    """Its call asks a scheduler for a second entry then, which most have not."""
+    pipe = tiny_pixart()
+    pipe.scheduler = scheduler_of(pipe.scheduler, name)
+    assert stock_images(pipe, ["a cat"], [0], 1, 3.0, height=16, width=16).isfinite().all()
+    assert "step" not in vars(pipe.scheduler)
 
 
 @pytest.mark.parametrize(("guidance", "nfe"), [(1.0, 3), (3.0, 6)])

@@ -142,6 +142,8 @@ def test_corrupt_weights(broken: Path):
 
 def test_missing_component(broken: Path):
     shutil.rmtree(broken / "unet")
+    assert complaint(lambda: load(broken)).startswith(f"{broken}: unet/ is missing, which model_index.json names")
+    (broken / "unet").mkdir()
     assert f"{broken}: cannot be loaded as DDPMPipeline" in complaint(lambda: load(broken))
 
 
