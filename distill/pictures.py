@@ -53,7 +53,8 @@ def upright_size(data: bytes, name: str) -> tuple[int, int]:
             _refuse_frames(opened, name)
             width, height = opened.size
             if opened.format == "TIFF":  # which newer versions of Pillow turn when they open it
-                width, height = opened.tag_v2[256], opened.tag_v2[257]
+                tags: Any = opened
+                width, height = tags.tag_v2[256], tags.tag_v2[257]
             turned = opened.getexif().get(0x0112, 1) in range(5, 9)  # orientations that exchange the sides
             return (width, height) if turned else (height, width)
     except Unusable:

@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,13 +20,13 @@ from fewstep.distill import efficiency, run
 from fewstep.distill.config import ConfigError
 from fewstep.distill.networks import Networks, require_grad
 from fewstep.distill.run import refuse, train
-from fewstep.samplers.adapters import Adapted, adapters_added, bare, checkpointed
+from fewstep.samplers.adapters import bare, checkpointed
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of, dtypes, load
 from tests.distill.runs import config, metrics, write_images
 from tests.distill.test_networks import ask, gradients, three
-from tests.pipelines import tiny_dit, tiny_pixart, tiny_stable_diffusion, tiny_wan
+from tests.pipelines import tiny_pixart, tiny_stable_diffusion, tiny_wan
 
 SMALL = {"max_train_steps": 3, "train_batch_size": 2, "checkpointing_steps": 3, "steps": [2], "method": "dmd2"}
 GAN = {"gan_weight": 0.01, "fake_score_updates": 2}
@@ -115,72 +114,6 @@ def test_the_recomputation_has_the_adapter_of_its_forward(kind: str):
     expected, got = gradients(plain["student"]), gradients(roles["student"])
     assert got.keys() == expected.keys()
     assert all(got[k].equal(expected[k]) for k in expected)
-
-
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_compiled_networks_follow_their_adapter():
-    """One compiled network with two adapters and none: in turn, twice, with and without gradients, three answers."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 4))
-    for name in ("student", "fake_score"):
-        inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "2"]), network, adapter_name=name)
-    adapters_added(network)
-    for key, p in network.named_parameters():
-        torch.nn.init.normal_(p)
-        p.requires_grad_(".lora_" in key)
-    x, frames = torch.randn(3, 4), []
-
-    def answers() -> list[Tensor]:
-        found = []
-        for name in ("student", None, "fake_score") * 2:
-            for grad in (False, True):
-                with torch.set_grad_enabled(grad):
-                    found.append(Adapted(network, name)(x))
-        found[1].square().sum().backward()
-        return [y.detach() for y in found] + [p.grad.clone() for p in network.parameters() if p.grad is not None]
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        frames.append(graph)
-        return graph.forward
-
-    expected = answers()
-    network.zero_grad()
-    efficiency.compiled(network, backend)  # type: ignore[arg-type]
-    got = answers()
-    assert len(got) == len(expected) == 12 + 4
-    assert all(a.equal(b) for a, b in zip(got, expected, strict=True))
-    assert not expected[0].equal(expected[2])
-    assert len(frames) >= 3
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_compiled_networks_train_the_same_bits(
-    tmp_path: Path, kind: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
-):
-    """Two iterations of student, fake score and teacher by `train`; what dynamo captures is run as it is, uncompiled."""
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = efficiency.compiled
-    monkeypatch.setattr(efficiency, "compiled", lambda network: compiled(network, backend))  # type: ignore[arg-type]
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # what `refuse` tries
-    torch._dynamo.reset()
-    (tmp_path / "prompts.txt").write_text("golden retriever\n7\n")
-    changes = {"student": kind, "rank": 2, "train_data": None, "prompts": str(tmp_path / "prompts.txt"), "steps": [1]}
-    changes |= {"fake_score_updates": 1, "max_train_steps": 2, "train_batch_size": 2, "guidance_scale": 2.0}
-    changes |= {"method": "dmd2", "preflight": False, "gradient_checkpointing": checkpointing}
-    runs = []
-    for on in (False, True):
-        folder = train(config(tmp_path, **changes, compile=on, name=str(on)), teacher=denoiser_of(tiny_dit()))
-        runs.append((metrics(folder), (folder / "checkpoints/step-000002/manifest.json").read_text()))
-        assert bool(graphs) == on
-    assert runs[0] == runs[1]
 
 
 def test_a_kernel_is_tried_in_the_network(settings: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
