@@ -246,7 +246,7 @@ class Record:
             self.say(f"{iteration}/{self.config.max_train_steps}  {elapsed:.0f} s  {short}")
 
     def rewind(self, iteration: int) -> None:
-        """Drop the logged lines after an iteration: they will be written again."""
+        """Drop the logged lines after an iteration: they will be written again, and the seconds go on."""
         path = self.folder / "metrics.jsonl"
         if self.accelerator.is_main_process and path.is_file():
             kept, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -260,6 +260,8 @@ class Record:
                 if lines and not kept:  # no checkpoint is left of what it tells
                     path.replace(path.with_suffix(".lost.jsonl"))
                 checkpoint.write_text(path, "".join(line + "\n" for line in kept))
+            if kept:  # seconds go on from there
+                self._began -= json.loads(kept[-1]).get("seconds", 0.0)
 
     def previews(self, teacher: Denoiser, condition: Condition) -> None:
         """Fix what the previews show: these conditions, one seed each."""

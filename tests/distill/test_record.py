@@ -84,6 +84,18 @@ def test_resume_without_a_whole_checkpoint_starts_anew(tmp_path: Path, capsys: p
     assert metrics(tmp_path / "run") == metrics(tmp_path / "straight/run")
 
 
+def test_seconds_go_on_after_a_resume(tmp_path: Path):
+    with pytest.raises(UserError):
+        scripted(tmp_path, Scripted({"student": bad("loss", 3)})).run()
+    path = tmp_path / "run/metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line | {"seconds": 1000.0 * line["iteration"]}) + "\n" for line in lines))
+    scripted(tmp_path, Scripted({"student": square}), resume=True).run()
+    seconds = {line["iteration"]: line["seconds"] for line in map(json.loads, path.read_text().splitlines())}
+    assert (seconds[1], seconds[2]) == (1000, 2000)
+    assert 2000 < seconds[3] < seconds[4] < 2100
+
+
 def test_a_run_is_not_started_over_another(tmp_path: Path):
     """Nor resumed with other values of what its numbers depend on; each such key is named."""
     scripted(tmp_path, Scripted({"student": square})).run()
