@@ -268,7 +268,7 @@ def _on_base(
         teacher = load(where, revision, variant, **components)
     except UserError as error:
         raise UserError(
-            f'{folder}: its base cannot be loaded; {error}; "base" in its {MANIFEST} may name another place of it'
+            f'{folder}: its base cannot be loaded; {error}; "base" in its {MANIFEST} or base= names another place of it'
         ) from error
     if type(teacher.pipeline).__name__ != manifest.pipeline or not same_weights(
         fingerprint(teacher), manifest.fingerprint

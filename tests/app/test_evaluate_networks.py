@@ -55,13 +55,24 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     processor = BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor.save_pretrained(folder / "dino")
     torch.jit.script(Script()).save(str(folder / "i3d.pt"))
-    (folder / "w.pt").touch()
+    torch.save({"state_dict": {"weight": torch.tensor(3.0)}}, folder / "w.pt")
     packages = folder / "packages"
     (packages / "hpsv2").mkdir(parents=True)
     (packages / "hpsv2" / "__init__.py").write_text("")
     (packages / "hpsv2" / "img_score.py").write_text(
-        "def score(pictures, prompt, cp, hps_version):\n"
-        "    return [x.getpixel((3, 5))[0] + len(prompt) + len(cp) for x in pictures]\n"
+        "import torch\n\n"
+        "class Network(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n        self.weight = torch.nn.Parameter(torch.zeros(()))\n"
+        "    def forward(self, pictures, words):\n"
+        "        return {'image_features': self.weight * pictures, 'text_features': words}\n\n"
+        "device, model_dict = 'cpu', {}\n"
+        "def initialize_model():\n"
+        "    prepare = lambda x: torch.tensor([float(x.getpixel((3, 5))[0])])\n"
+        "    model_dict.update(model=Network(), preprocess_val=prepare)\n"
+        "def get_tokenizer(name):\n"
+        "    assert name == 'ViT-H-14'\n"
+        "    return lambda prompts: torch.tensor([[float(len(p))] for p in prompts])\n"
     )
     (packages / "ImageReward.py").write_text(
         "class Model:\n    def score(self, prompt, picture):\n        return picture.getpixel((3, 5))[1] - len(prompt)\n"
@@ -138,7 +149,7 @@ def test_still_images(teacher: Path, networks: Path, tmp_path: Path, monkeypatch
         "diversity_lpips": variety(one),
         "diversity_lpips_ratio": variety(one) / variety(many),
         "aesthetic": aesthetic(Clip(str(networks / "clip"))(one), load_head(networks / "head.pth")).mean().item(),
-        "hps": (one[:, 0, 5, 3] + lengths + len(str(networks / "w.pt"))).mean().item(),
+        "hps": (3 * one[:, 0, 5, 3].float() * lengths).mean().item(),
         "image_reward": (one[:, 1, 5, 3] - lengths).mean().item(),
     }
     found = reported(out)
