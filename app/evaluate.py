@@ -39,7 +39,7 @@ from fewstep.distill.references import CACHE, read_reference
 from fewstep.distill.report import finite, write_json
 from fewstep.distill.seen import VARIETY, Seen, figures, see, see_prompt
 from fewstep.distill.table import label, short, show
-from fewstep.samplers.baseline import known
+from fewstep.samplers.baseline import check_scheduler
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import class_of, dtypes, family, load_student, parts
 from fewstep.samplers.manifest import read_manifest
@@ -140,7 +140,7 @@ class Evaluation:
 
     def _check(self) -> None:
         """Refuse figures that no row could have, and a scheduler that there is not."""
-        known(self.request.scheduler or "own")
+        check_scheduler(self.request.scheduler or "own")
         given = {"images", "clips"} | ({"reference"} if self.request.reference else set())
         if self.sampled:
             given |= {"teacher", "prompts"} | ({"embedded"} if self.prompts.embedded else set())

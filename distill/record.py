@@ -279,10 +279,8 @@ class Record:
             return
         from torchvision.utils import save_image  # type: ignore[import-untyped]
 
-        condition, at_once = (
-            self.preview_condition,
-            self.config.train_batch_size,
-        )  # no more rows than training has: memory
+        condition = self.preview_condition
+        at_once = self.config.train_batch_size  # no more rows than training has: memory
         seeds = [self.config.seed + i for i in range(condition.size)]
         teacher, picture = self._teacher
         shape = pixels_shape(self.config, student)

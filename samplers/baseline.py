@@ -50,7 +50,7 @@ def default_scheduler(own: Any) -> str:
     return "ddim" if own.config.get("clip_sample") else "dpmsolver++"  # DPM-Solver++ cannot clip
 
 
-def known(name: str) -> None:
+def check_scheduler(name: str) -> None:
     """UserError for what is no scheduler's name."""
     if name != "own" and name not in SCHEDULERS:
         raise UserError(f"scheduler {name!r} is unknown; allowed: own, {', '.join(SCHEDULERS)}")
@@ -69,7 +69,7 @@ def scheduler_of(own: Any, name: str = "own", spacing: str | None = None) -> Any
     """
     import diffusers
 
-    known(name)
+    check_scheduler(name)
     if spacing is not None and spacing not in SPACINGS:
         raise UserError(f"spacing {spacing!r} is unknown; allowed: {', '.join(SPACINGS)}")
     config = dict(own.config)
