@@ -14,7 +14,7 @@ from fewstep.app import page
 from fewstep.app.drawing import draw
 from fewstep.app.processes import Processes
 from fewstep.app.rows import Row, folder_row, grid, is_images, real_row
-from fewstep.app.sources import run_config
+from fewstep.app.sources import negative_prompt
 from fewstep.app.store import check_out, read_batches
 from fewstep.distill import picture
 from fewstep.distill.evaluation import (
@@ -231,8 +231,7 @@ class Evaluation:
         first = next((s for s in self.sampled if s not in self.students), self.sampled[0])
         if first not in self.students:
             return self._teacher(first, parts(first)[0])
-        config = run_config(student_folder(first) or Path())
-        negative, variant = config.negative_prompt if config else "", self.request.variant
+        negative, variant = negative_prompt(student_folder(first) or Path()), self.request.variant
         return teacher_of(self.students[first], negative, self.revisions[first], variant, self.loading)
 
     @property

@@ -35,7 +35,7 @@ Eta = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Of weights: fp32, bf16 or fp16. The autoencoder stays in float32, and a LoRA in lower precision an adapter."
+        help="Of weights: fp32, bf16 or fp16. The autoencoder stays in float32, and a student's LoRA in lower precision an adapter."
     ),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -113,7 +114,7 @@ def load_source(name: str, revision: str | None = None, variant: str | None = No
         shape, step_counts = denoiser.latent_shape(), TEACHER_STEPS
     else:
         denoiser, manifest = load_student(name, None, variant, dtype == "fp32", revision, **loading)
-        student, config, base = (denoiser, manifest), run_config(folder), manifest.base
+        student, config, base = (denoiser, manifest), _config(folder), manifest.base
         try:
             teacher = teacher_of(manifest, config.negative_prompt if config else "", revision, variant, loading)
         except UserError as error:
@@ -138,13 +139,24 @@ def load_source(name: str, revision: str | None = None, variant: str | None = No
     return source
 
 
-def run_config(student: Path) -> TrainConfig | None:
+def _config(student: Path) -> TrainConfig | None:
     """The config of a student's run, if it still lies in one."""
+    values = _values(student)
+    return None if values is None else validate(values, str(student.parent / "config.yaml"))
+
+
+def negative_prompt(student: Path) -> str:
+    """Of a student's run, where it still lies in one: an older one, too, whose other keys are no longer known."""
+    values = _values(student)
+    return str(values.get("negative_prompt") or "") if isinstance(values, dict) else ""
+
+
+def _values(student: Path) -> Any:
     path = student.parent / "config.yaml"
     if student.name != "student" or not path.is_file():
         return None
     try:
-        return validate(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as a run's config ({type(error).__name__})") from error
 

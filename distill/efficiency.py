@@ -22,7 +22,7 @@ from fewstep.samplers.adapters import bare, checkpointed
 from fewstep.samplers.attention import kernels, use_attention, why_not
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError, reason
-from fewstep.samplers.load import DTYPES, dtypes, index_of, load, resolve
+from fewstep.samplers.load import DTYPES, dtypes, index_of, load, parts, resolve
 from fewstep.samplers.manifest import holds_lora
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ def loading(config: TrainConfig, networks: Iterable[str]) -> dict[str, Any]:
 def unquantised(config: TrainConfig, family: type[Denoiser]) -> Denoiser:
     """The teacher's networks as its files have them, in bfloat16 on the CPU, without its encoders and its autoencoder."""
     others: dict[str, None] = {}
-    if single_file.split(config.teacher) is None and not holds_lora(resolve(config.teacher)):
+    plain = single_file.split(config.teacher) is None and not parts(config.teacher)[1]
+    if plain and not holds_lora(resolve(config.teacher)):
         modules = single_file.modules(index_of(config.teacher, config.revision))
         others = {name: None for name in modules if name not in family.network_names}
     return load(config.teacher, config.revision, config.variant, torch_dtype=torch.bfloat16, **others)

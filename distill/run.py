@@ -196,6 +196,7 @@ def _fit(
     networks = networks_of(config, teacher)
     if networks.student is not teacher:
         record.say(said(config, networks.student, teacher))
+    given = data is not None  # whose captions no report could read again
     if data is None:
         pixels, frames = teacher.pixels(config.height, config.width), teacher.frames(config.num_frames)
         data = data_sets.data_set(config, pixels, frames, files)
@@ -230,7 +231,7 @@ def _fit(
         teacher.to("cpu")  # roles are made in main memory, and go to the device block by block
         sharding.together(teacher, accelerator.device)
     method = methods_distiller(config, networks)
-    report.check(config, method.step_counts, teacher, data.captions)
+    report.check(config, method.step_counts, teacher, None if given else data.captions)
     plans = {k: method.plan(k) for k in method.step_counts}
     stock(method.roles()["student"].denoiser, plans)  # what plain diffusers cannot sample is refused before training
     for line in efficiency.apply(config, method.roles(), accelerator.device):

@@ -124,7 +124,8 @@ def discriminator(
     read = teacher or role.denoiser
     home = read.device
     # roles that are to be sharded lie in main memory, where a call of a large network takes hours
-    device = torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    device = torch.device("cuda") if several and home.type == "cpu" and torch.cuda.is_available() else home
     x = torch.zeros(1, *(shape or read.latent_shape()), device=device)
     with torch.no_grad():
         condition = read.encode([""]).to(device)

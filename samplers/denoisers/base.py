@@ -28,7 +28,10 @@ PIXELS = 2**20
 
 def rows_at_once(pipeline: Any, latents: Tensor) -> int:
     """How many rows of latents (B, C, [frames,] h, w) are decoded in one call."""
-    factor = getattr(pipeline, "vae_scale_factor_spatial", None) or getattr(pipeline, "vae_scale_factor", 1)
+    factor = getattr(pipeline, "vae_scale_factor_spatial", None) or getattr(pipeline, "vae_scale_factor", None)
+    if factor is None:  # DiT's has a decoder and says nothing, models of pixels have none
+        channels = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "block_out_channels", [1])
+        factor = 2 ** (len(channels) - 1)
     frames = latents.shape[2] * getattr(pipeline, "vae_scale_factor_temporal", 1) if latents.ndim == 5 else 1
     return max(1, PIXELS // (frames * factor**2 * latents.shape[-2] * latents.shape[-1]))
 

@@ -132,6 +132,18 @@ def test_a_decoder_sees_few_rows_at_once(build: Callable[[], Any], monkeypatch: 
     assert "decode" not in vars(pipeline.vae)
 
 
+def test_rows_at_once_are_of_an_images_pixels():
+    """Of 256x256 sixteen: DiT's pipeline does not say how its decoder enlarges; a model of pixels has none."""
+    from tests.pipelines import tiny_ddpm, tiny_dit
+
+    dit, pixels = tiny_dit(), tiny_ddpm()
+    factor = 2 ** (len(dit.vae.config.block_out_channels) - 1)
+    assert factor > 1
+    assert base.rows_at_once(dit, torch.zeros(1, 4, 256 // factor, 256 // factor)) == 16
+    assert base.rows_at_once(pixels, torch.zeros(1, 3, 256, 256)) == 16
+    assert base.rows_at_once(tiny_wan(), torch.zeros(1, 16, 21, 60, 104)) == 1
+
+
 def test_ddim_clips_only_where_the_pipeline_does():
     """PixArt's scheduler has no such key, and DDIM's default would clip its latents to -1 and 1."""
     import diffusers
