@@ -41,7 +41,7 @@ from fewstep.distill.seen import VARIETY, Seen, figures, see, see_prompt
 from fewstep.distill.table import label, short, show
 from fewstep.samplers.baseline import check_scheduler
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import class_of, dtypes, family, load_student, parts
+from fewstep.samplers.load import class_of, dtypes, family, load_student, parts, student_in
 from fewstep.samplers.manifest import read_manifest
 
 
@@ -205,8 +205,9 @@ class Evaluation:
             return
         counts = sorted(set(self.request.steps), reverse=True)
         if source in self.students:
-            variant, revision, fuse = self.request.variant, self.revisions[source], self.request.dtype == "fp32"
-            student, manifest = load_student(source, None, variant, fuse, revision, **self.loading)
+            variant, revision = self.request.variant, self.revisions[source]
+            loading = student_in(self.request.dtype)
+            student, manifest = load_student(source, variant=variant, revision=revision, **loading)
             for k in counts:
                 yield self._draw(student_sampler(student, manifest, source, k), manifest.plan(k).model_dump_json())
         else:

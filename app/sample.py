@@ -13,7 +13,7 @@ from fewstep.distill.captions import read_captions
 from fewstep.distill.evaluation import Sampler, Teacher, revisions, student_folder, student_sampler
 from fewstep.distill.sources import valid
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import dtypes, load_student, resolve
+from fewstep.samplers.load import dtypes, load_student, resolve, student_in
 from fewstep.samplers.manifest import read_manifest
 
 ANIMATED = (".gif", ".webp")
@@ -39,7 +39,7 @@ def sampler_of(
         if value is not None:
             raise UserError(f"{option} {value}: {source} is a student, which samples by its own plan; leave it out")
     needs_base(source, revision, variant)
-    student, manifest = load_student(source, None, variant, dtype == "fp32", revision, **dtypes(dtype))
+    student, manifest = load_student(source, variant=variant, revision=revision, **student_in(dtype))
     return student_sampler(student, manifest, source, steps, guidance)
 
 

@@ -17,7 +17,7 @@ from fewstep.distill.prompt_sets import EXAMPLES
 from fewstep.distill.report import teacher_guidance
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import class_of, denoiser_of, dtypes, family, load_student, resolve
+from fewstep.samplers.load import class_of, denoiser_of, dtypes, family, load_student, resolve, student_in
 from fewstep.samplers.manifest import MANIFEST, Manifest, read_manifest
 
 EMBEDDED_TEACHER = "embedded:emoji"
@@ -113,7 +113,7 @@ def load_source(name: str, revision: str | None = None, variant: str | None = No
         denoiser = denoiser_of(teacher.pipeline)
         shape, step_counts = denoiser.latent_shape(), TEACHER_STEPS
     else:
-        denoiser, manifest = load_student(name, None, variant, dtype == "fp32", revision, **loading)
+        denoiser, manifest = load_student(name, variant=variant, revision=revision, **student_in(dtype))
         student, config, base = (denoiser, manifest), _config(folder), manifest.base
         try:
             teacher = teacher_of(manifest, config.negative_prompt if config else "", revision, variant, loading)

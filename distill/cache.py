@@ -24,7 +24,7 @@ from fewstep.distill.config import TrainConfig
 from fewstep.distill.data import DataSet, refuse_unusable
 from fewstep.distill.pictures import Unusable
 from fewstep.samplers.condition import Condition
-from fewstep.samplers.denoisers.base import PIXELS, Denoiser
+from fewstep.samplers.denoisers.base import Denoiser, rows_of
 from fewstep.samplers.errors import UserError
 
 CACHE = "~/.cache/fewstep"
@@ -49,9 +49,8 @@ def digest_of(pipeline: Any, names: Iterable[str], kind: str) -> str:
     if labels := getattr(pipeline, "labels", None):  # of classes: what their names mean
         digest.update(json.dumps(labels, sort_keys=True).encode())
     own = {k: v for k, v in getattr(pipeline, "config", {}).items() if isinstance(v, bool | int | float | str)}
-    own = {
-        k: v for k, v in own.items() if not k.startswith("_") and k != "requires_safety_checker"
-    }  # which none has here
+    own.pop("requires_safety_checker", None)  # no pipeline here has one
+    own = {k: v for k, v in own.items() if not k.startswith("_")}
     if own:  # such as whether an empty negative prompt is zeros, and where one of two networks takes over
         digest.update(json.dumps(own, sort_keys=True).encode())
     for name in sorted(names):
@@ -224,8 +223,8 @@ def latents(
                 images, unread = _each(data.image, list(contents))
                 faults += [*unusable, *unread]
                 if not unusable and not unread:
-                    rows = max(1, PIXELS // math.prod(next(iter(images.values())).shape[-2:]))
-                    parts = torch.stack(list(images.values())).split(rows)
+                    together = torch.stack(list(images.values()))
+                    parts = together.split(rows_of(math.prod(together.shape[-2:])))
                     with torch.no_grad():
                         z = [denoiser.to_latents(part.to(denoiser.device)).cpu() for part in parts]
                     write(paths[-1], {"latents": torch.cat(z)})

@@ -53,9 +53,8 @@ def strategies(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, Tr
             yield kind, "checkpointing, base bf16", asked.model_copy(update=bf16), True, 1
             nf4 = bf16 | {"quantization_config": "nf4"}
             yield kind, "checkpointing, base nf4", asked.model_copy(update=nf4), True, 1
-        whole = asked.model_copy(
-            update={"base_dtype": "fp32", "quantization_config": None}
-        )  # what shards can be cut of
+        # what shards can be cut of
+        whole = asked.model_copy(update={"base_dtype": "fp32", "quantization_config": None})
         yield kind, f"checkpointing, FSDP over {devices}", whole, True, devices
 
 

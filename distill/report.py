@@ -36,7 +36,7 @@ from fewstep.distill.table import label, labels, markdown
 from fewstep.samplers.baseline import refuse_steps, scheduler_of
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import dtypes, load_student
+from fewstep.samplers.load import dtypes, load_student, student_in
 from fewstep.samplers.manifest import read_manifest
 
 COLUMNS = 8
@@ -227,12 +227,13 @@ def report_run(folder: Path, say: Callable[[str], None] = lambda line: None) -> 
     comparison = Comparison(prompt_sets(config), say=say, sheets=folder / SHEETS)
     size = {k: v for k in ("height", "width", "num_frames") if (v := getattr(config, k)) is not None}
     guidance = teacher_guidance(config)
-    loading, full = dtypes(config.base_dtype), config.student == "full"
+    loading = dtypes(config.base_dtype)
     teacher = Teacher(config.teacher, config.revision, config.variant, config.negative_prompt, loading, **size)
     for i, steps in enumerate(sorted(config.report_teacher_steps, reverse=True)):
         comparison.add(teacher.sampler(steps, guidance, config.report_scheduler), i == 0, config.train_batch_size)
     del teacher  # one pipeline in memory at a time
-    student, manifest = load_student(folder, fuse=config.base_dtype == "fp32", **({} if full else loading))
+    # a full student is in float32 whatever its teacher was
+    student, manifest = load_student(folder, **student_in(config.base_dtype if config.student == "lora" else "fp32"))
     for steps in sorted(config.report_steps or manifest.plans, reverse=True):
         comparison.add(student_sampler(student, manifest, str(folder), steps), batch_size=config.train_batch_size)
     return write(comparison, folder)

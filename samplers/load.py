@@ -149,6 +149,11 @@ def dtypes(name: str) -> dict[str, Any]:
     return {"torch_dtype": {"default": DTYPES[name], "vae": torch.float32}}
 
 
+def student_in(dtype: str) -> dict[str, Any]:
+    """Arguments of `load_student` for one of `DTYPES`: in a lower one a LoRA stays beside its base, which would round it."""
+    return {"fuse": dtype == "fp32", **dtypes(dtype)}
+
+
 def load_pipeline(
     source: str | Path, revision: str | None = None, variant: str | None = None, **components: Any
 ) -> Any:

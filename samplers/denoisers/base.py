@@ -26,6 +26,11 @@ PIXELS = 2**20
 """That an autoencoder sees at once: one image of 1024x1024, whose activations in float32 take some GiB."""
 
 
+def rows_of(pixels: int) -> int:
+    """How many images of so many pixels an autoencoder sees in one call."""
+    return max(1, PIXELS // pixels)
+
+
 def rows_at_once(pipeline: Any, latents: Tensor) -> int:
     """How many rows of latents (B, C, [frames,] h, w) are decoded in one call."""
     factor = getattr(pipeline, "vae_scale_factor_spatial", None) or getattr(pipeline, "vae_scale_factor", None)
@@ -33,7 +38,7 @@ def rows_at_once(pipeline: Any, latents: Tensor) -> int:
         channels = getattr(getattr(getattr(pipeline, "vae", None), "config", None), "block_out_channels", [1])
         factor = 2 ** (len(channels) - 1)
     frames = latents.shape[2] * getattr(pipeline, "vae_scale_factor_temporal", 1) if latents.ndim == 5 else 1
-    return max(1, PIXELS // (frames * factor**2 * latents.shape[-2] * latents.shape[-1]))
+    return rows_of(frames * factor**2 * latents.shape[-2] * latents.shape[-1])
 
 
 class Denoiser(ABC):
