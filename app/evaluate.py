@@ -55,9 +55,9 @@ class Request:
     num: int
     prompts: str
     out: Path
-    variants: int | None = None
+    per_prompt: int | None = None
     reference: str | None = None
-    guidance: float | None = None
+    guidance_scale: float | None = None
     scheduler: str | None = None
     seed: int = 0
     teacher_steps: int = 50
@@ -106,7 +106,7 @@ class Evaluation:
         for manifest in self.students.values():
             for k in request.steps:
                 manifest.plan(k)  # refuses a count before anything is sampled
-        self.prompts = prompt_set(request.prompts, request.num, request.seed, request.variants)
+        self.prompts = prompt_set(request.prompts, request.num, request.seed, request.per_prompt)
         self.names = list(request.metrics or default_metrics(self.prompts))
         self.sampled = [s for s in request.sources if s not in self.folders]
         self.revisions = revisions(request.sources, request.revision)
@@ -158,7 +158,7 @@ class Evaluation:
         if self.sampled and all(source in self.students for source in self.sampled):
             drawn = self._needs_teacher()  # by a scheduler and with guidance, but in steps of its own
             told = {
-                "guidance-scale": self.request.guidance,
+                "guidance-scale": self.request.guidance_scale,
                 "scheduler": self.request.scheduler,
                 "eta": self.request.eta,
             }
@@ -225,7 +225,7 @@ class Evaluation:
         if distilled and (source is None or not parts(source)[1]):
             return {}
         own = {} if source is None else {"timesteps": request.timesteps}
-        return {"guidance": request.guidance, "scheduler": request.scheduler, "eta": request.eta, **own}
+        return {"guidance": request.guidance_scale, "scheduler": request.scheduler, "eta": request.eta, **own}
 
     def _target(self) -> Teacher:
         """The teacher that others are compared with: the first pipeline without its LoRA, or the first student's base."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from fewstep.app.clips import ffmpeg
 from fewstep.distill.captions import read_prompts
 from fewstep.distill.config import TrainConfig, validate
 from fewstep.distill.evaluation import Sampler, Teacher, student_folder, student_sampler, teacher_of
@@ -121,9 +120,6 @@ def load_source(name: str, revision: str | None = None, variant: str | None = No
             raise UserError(f"{name}: its teacher, to be shown beside it, cannot be loaded; {error}") from error
         shape = denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)
         step_counts = sorted(manifest.plans)
-    clips = len(shape) == 4
-    if clips:
-        ffmpeg()
     source = Source(
         name=name,
         teacher=teacher,
@@ -132,7 +128,7 @@ def load_source(name: str, revision: str | None = None, variant: str | None = No
         many_steps=max(config.report_teacher_steps) if config else 50,
         guidance_scale=teacher_guidance(config) if config and teacher.guidance_scale else teacher.guidance_scale,
         prompts=examples(base, config, denoiser.examples) if denoiser.takes_prompts else [],
-        clips=clips,
+        clips=len(shape) == 4,
     )
     for label in source.labels[1:]:
         source.sampler(label, step_counts[0], 1, source.guidance_scale).images([*source.prompts, ""][:1], [0])

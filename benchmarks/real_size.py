@@ -120,7 +120,6 @@ COMMON = ["gradient_accumulation_steps=1", "fake_score_updates=2", "teacher=rand
 
 def denoiser(build: Callable[[Any], Any], device: str, dtype: torch.dtype) -> Any:
     """A backbone on a device, whose embeddings are random."""
-    from fewstep.samplers.condition import Condition
     from fewstep.samplers.load import denoiser_of
 
     def make(network: Callable[..., Any], **options: Any) -> Any:
@@ -138,15 +137,9 @@ def denoiser(build: Callable[[Any], Any], device: str, dtype: torch.dtype) -> An
     class Random(type(made)):  # type: ignore[misc]
         """Of the same family, without text encoders."""
 
-        def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-            rows = len(negative) if isinstance(negative, list) else 1
-
-            def tensors(n: int) -> dict[str, torch.Tensor]:
-                return {
-                    k: (torch.ones if "mask" in k else torch.randn)(n, *s, device=device) for k, s in shapes.items()
-                }
-
-            return Condition(tensors(len(prompts)), len(prompts), tensors(rows))
+        def embed(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+            n = len(prompts)
+            return {k: (torch.ones if "mask" in k else torch.randn)(n, *s, device=device) for k, s in shapes.items()}
 
     made.__class__ = Random
     return made

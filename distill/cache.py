@@ -80,15 +80,10 @@ def write(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a file whole or not at all; UserError where it cannot be."""
     from safetensors.torch import save_file
 
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with checkpoint.writing(path.parent, "set cache_dir"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-            checkpoint.sync(temporary)  # a machine that fails may leave a file of the right length with nothing in it
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with checkpoint.replaced(path) as new:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, new)
 
 
 def whole(path: Path) -> bool:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,23 @@ def writing(path: Path, hint: str) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({why}); {hint}") from error
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its place where the block ends well; what stood there stays otherwise."""
+    new = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield new
+        sync(new)  # a machine that fails may leave a file of the right length with nothing in it
+        os.replace(new, path)
+    finally:
+        with suppress(OSError):  # a parent that is no folder
+            new.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as new:
+        new.write_text(text)
 
 
 def _digest(path: Path) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from tempfile import NamedTemporaryFile
 from typing import Any
 
+import imageio_ffmpeg
 import torch
 from torch import Tensor
 
@@ -64,10 +65,6 @@ def upright_size(data: bytes, name: str) -> tuple[int, int]:
 @contextmanager
 def _decoded(data: bytes, name: str, options: Sequence[str]) -> Iterator[tuple[tuple[int, int], Iterator[bytes]]]:
     """Height and width of the frames that ffmpeg makes of a file, and the frames; what is transparent is white."""
-    try:
-        import imageio_ffmpeg
-    except ImportError as error:
-        raise UserError("train_data: clips are read through imageio-ffmpeg: pip install imageio-ffmpeg") from error
     logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # else it warns of each clip that was filmed upright
     with NamedTemporaryFile() as file:  # a clip's head may stand at its end: ffmpeg wants to seek
         file.write(data)

@@ -27,6 +27,12 @@ class EvalConfig(BaseModel, frozen=True):
         None, validate_default=True, description="a folder of images, or a .npz of mu and sigma"
     )
     eval_weights: Weights = Field(Weights(), description="where the networks that judge come from")
+    best_metric: str | None = Field(
+        None, description="keep the checkpoint with the best of this logged scalar, e.g. student/loss or eval/fid"
+    )
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="end after so many evaluations in a row that do not better best_metric; none: never"
+    )
 
     @field_validator("eval_metrics")
     @classmethod
@@ -48,15 +54,31 @@ class EvalConfig(BaseModel, frozen=True):
             raise ValueError(f"metric {needy[0]} needs a folder of images or a .npz of mu and sigma")
         return source
 
+    @field_validator("best_metric")
+    @classmethod
+    def _evaluated(cls, scalar: str | None, info: ValidationInfo) -> str | None:
+        if scalar is not None and scalar.startswith(PREFIX):
+            names = info.data.get("eval_metrics", [])
+            if info.data.get("eval_steps") is None or scalar.removeprefix(PREFIX) not in names:
+                raise ValueError("needs eval_steps, and its figure among eval_metrics")
+        return scalar
+
+    @field_validator("early_stopping_patience")
+    @classmethod
+    def _of_a_figure(cls, patience: int | None, info: ValidationInfo) -> int | None:
+        if patience is not None and not (info.data.get("best_metric") or "").startswith(PREFIX):
+            raise ValueError(f"needs best_metric, one of the figures: {PREFIX}fid or the like")
+        return patience
+
     @property
     def figure_is_best(self) -> bool:
         """Whether `best_metric` is one of the figures, and no loss."""
-        return (getattr(self, "best_metric", None) or "").startswith(PREFIX)
+        return (self.best_metric or "").startswith(PREFIX)
 
     @property
     def best_loss(self) -> str | None:
         """`best_metric` where it is none of the figures, so that every iteration logs it."""
-        return None if self.figure_is_best else getattr(self, "best_metric", None)
+        return None if self.figure_is_best else self.best_metric
 
     def evaluates(self, iteration: int) -> bool:
         """Whether figures are taken after so many iterations: at every `eval_steps`, and after the last."""
@@ -68,7 +90,7 @@ class EvalConfig(BaseModel, frozen=True):
 
         Figures count only where they were taken (`judged`), and not for the weights of a later iteration.
         """
-        name = getattr(self, "best_metric", None) or ""
+        name = self.best_metric or ""
         value = scalars.get(name)
         if value is None or (self.figure_is_best and not judged):
             return None
@@ -81,7 +103,7 @@ class EvalConfig(BaseModel, frozen=True):
 
     def wears_out(self, iteration: int, best: tuple[float, int] | None, new: float | None) -> bool:
         """Whether `early_stopping_patience` evaluations in a row were no better than `best`, a value and its iteration."""
-        patience = getattr(self, "early_stopping_patience", None)
+        patience = self.early_stopping_patience
         if patience is None or self.eval_steps is None or best is None or new is not None:
             return False
         return self.evaluates(iteration) and iteration - best[1] >= patience * self.eval_steps

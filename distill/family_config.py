@@ -92,7 +92,7 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
         description="policies trajectory and phases: least distance of the levels from where the step ends",
     )
     weighting_scheme: Literal["none", "logit_normal"] = Field("none", description="of the levels; none: uniform")
-    logit_mean: float = Field(0.0, description="of the logit of the level")
+    logit_mean: float = Field(0.0, description="of the logit of the level, before a flow's shift")
     logit_std: float = Field(1.0, gt=0)
 
     guidance_scale: float = Field(7.5, description="of the teacher's score; 1 = none")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import struct
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from fewstep.distill import checkpoint
 from fewstep.samplers.errors import UserError
 
 THUMB = 112
@@ -94,12 +94,11 @@ def save(picture: Image.Image, path: Path) -> None:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its place where the block ends well; what stood there stays otherwise."""
-    new = path.with_name(f".{os.getpid()}.{path.name}")
+    """`checkpoint.replaced` of a picture; UserError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield new
-        os.replace(new, path)
+        with checkpoint.replaced(path) as new:
+            yield new
     except (
         OSError,
         ValueError,
@@ -107,6 +106,3 @@ def replaced(path: Path) -> Iterator[Path]:
         struct.error,
     ) as error:  # each format refuses wide pictures in its own way
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
-    finally:
-        with suppress(OSError):  # a parent that is no folder
-            new.unlink(missing_ok=True)

@@ -47,7 +47,7 @@ class SiDConfig(DistributionMatchingConfig, frozen=True):
     guidance_scale: float = 1.5
     fake_guidance_scale: float = 1.5
     fake_train_guidance_scale: float = 1.5
-    prompt_dropout: float = Field(0.1, ge=0, lt=1)
+    fake_score_prompt_dropout: float = Field(0.1, ge=0, lt=1)
     fake_score_updates: int = Field(1, ge=1)
     fake_score_warmup_steps: int = Field(200, ge=0)
     fake_score_weight: FakeScoreWeight = "epsilon"

@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -37,6 +38,8 @@ class DisBackConfig(DistributionMatchingConfig, frozen=True):
             raise ValueError(
                 f"nodes {self.nodes}: not with regression_warmup_steps: the path is recorded from the run's beginning"
             )
+        if self.step_conditioned:
+            raise ValueError(f"nodes {self.nodes}: not with step_conditioned: a target is told no number of a step")
         if self.policy == "phases":
             raise ValueError(
                 f"nodes {self.nodes}: not with policy phases: a path is of one network, each phase has its own"
@@ -63,12 +66,14 @@ class DisBackConfig(DistributionMatchingConfig, frozen=True):
     def record_steps(self) -> list[int]:
         """After how many updates of the fake score the nodes 1..N are recorded.
 
-        A regression nears its optimum as 1 - e^(-r n): nodes at even shares of the way are at these n, where the last
-        has gone `path_share` of it.
+        A regression nears its optimum as 1 - e^(-r tau), tau the updates counted by the warm-up of the learning rate:
+        nodes at even shares of the way are at these, where the last has gone `path_share` of it.
         """
         n, q = self.fake_score_warmup_steps, self.path_share
+        tau = list(accumulate(map(self.warm, range(n)), initial=0.0))
         shares = [j / self.nodes for j in range(1, self.nodes + 1)]
-        return [round(n * (math.log1p(-q * s) / math.log1p(-q) if q else s)) for s in shares]
+        ends = [tau[n] * (math.log1p(-q * s) / math.log1p(-q) if q else s) for s in shares]
+        return [min(range(n + 1), key=lambda i: abs(tau[i] - end)) for end in ends]
 
     @property
     def arrival(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from fewstep.distill.data_config import DataConfig, Text
-from fewstep.distill.eval_config import PREFIX, EvalConfig
+from fewstep.distill.eval_config import EvalConfig
 
 
 class ConfigError(ValueError):
@@ -127,12 +127,6 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     report_prompts: list[str] | None = Field(
         None, description="files or embedded names, a table each; default: validation_prompts, or those of the training"
     )
-    best_metric: str | None = Field(
-        None, description="keep the checkpoint with the best of this logged scalar, e.g. student/loss or eval/fid"
-    )
-    early_stopping_patience: int | None = Field(
-        None, ge=1, description="end after so many evaluations in a row that do not better best_metric; none: never"
-    )
     preflight: bool = Field(True, description="first sample the teacher here and through its stock pipeline")
     collapse_alarm: bool = Field(
         True, description="look at a few of the student's samples, and stop when they collapse"
@@ -174,15 +168,6 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
             raise ValueError("must be one folder name")
         return name
 
-    @field_validator("best_metric")
-    @classmethod
-    def _evaluated(cls, scalar: str | None, info: ValidationInfo) -> str | None:
-        if scalar is not None and scalar.startswith(PREFIX):
-            names = info.data.get("eval_metrics", [])
-            if info.data.get("eval_steps") is None or scalar.removeprefix(PREFIX) not in names:
-                raise ValueError("needs eval_steps, and its figure among eval_metrics")
-        return scalar
-
     @field_validator("lr_step_rules")
     @classmethod
     def _rules(cls, rules: str | None, info: ValidationInfo) -> str | None:
@@ -193,12 +178,17 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
             step_rules(rules)
         return rules
 
-    @field_validator("early_stopping_patience")
-    @classmethod
-    def _of_a_figure(cls, patience: int | None, info: ValidationInfo) -> int | None:
-        if patience is not None and not (info.data.get("best_metric") or "").startswith(PREFIX):
-            raise ValueError(f"needs best_metric, one of the figures: {PREFIX}fid or the like")
-        return patience
+    def warm(self, iteration: int) -> float:
+        """The warm-up's share of the learning rates at an iteration, above 0 and at most 1."""
+        return min(1.0, (iteration + 1) / self.lr_warmup_steps) if self.lr_warmup_steps else 1.0
+
+    def rate(self, iteration: int) -> float:
+        """The share of the learning rates at an iteration: a pure function, so that resume needs no scheduler state."""
+        warm, done = self.warm(iteration), iteration / self.max_train_steps
+        if self.lr_step_rules is not None:
+            return warm * next(multiple for multiple, end in step_rules(self.lr_step_rules) if iteration < end)
+        shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+        return warm * shape[self.lr_scheduler]
 
     @property
     def run_dir(self) -> Path:

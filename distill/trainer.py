@@ -22,20 +22,9 @@ from fewstep.distill.interrupt import Interrupted, Signals
 from fewstep.distill.networks import average_gradients, mean, require_grad, swapped, update_average
 from fewstep.distill.random import generator
 from fewstep.distill.record import Record
-from fewstep.distill.train_config import step_rules
 from fewstep.samplers.errors import UserError
 
 NON_FINITE = "non-finite losses"
-
-
-def learning_rate(config: TrainConfig, base: float, iteration: int) -> float:
-    """Rate of an iteration: a pure function, so that resume needs no scheduler state."""
-    warm = min(1.0, (iteration + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
-    if config.lr_step_rules is not None:
-        return base * warm * next(multiple for multiple, end in step_rules(config.lr_step_rules) if iteration < end)
-    done = iteration / config.max_train_steps
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return base * warm * shape[config.lr_scheduler]
 
 
 class Trainer:
@@ -146,7 +135,7 @@ class Trainer:
         if self.accelerator.num_processes > 1 and not self.sharded:  # of shards a backward pass has averaged them
             average_gradients(self.accelerator, parameters)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.rates[name], i)
+            group["lr"] = self.rates[name] * self.config.rate(i)
         self.accelerator.unscale_gradients(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         values = self._read({**totals, "grad_norm": sharding.whole(norm)})
@@ -197,7 +186,7 @@ class Trainer:
             )
         last = done == c.max_train_steps or self.worn_out
         if last or judged or done % c.logging_steps == 0:
-            rate = learning_rate(c, c.learning_rate, done - 1)
+            rate = c.learning_rate * c.rate(done - 1)
             extra = {"skipped": float(self.skipped)} if self.skipped else {}
             said = self.scalars if judged else {k: v for k, v in self.scalars.items() if not k.startswith(PREFIX)}
             self.record.log(done, {"learning_rate": rate, **said, **extra})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewstep.samplers import noise_config
 from fewstep.samplers.denoisers.base import rows_at_once
 from fewstep.samplers.errors import UserError, reason
 from fewstep.samplers.load import family
@@ -35,7 +36,7 @@ SPACINGS = ("trailing", "leading", "linspace")
 
 def is_flow(scheduler: Any) -> bool:
     """Whether a scheduler runs on the levels of a flow."""
-    return "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction"
+    return noise_config.is_flow(type(scheduler).__name__, scheduler.config)
 
 
 def has_spacing(scheduler: Any) -> bool:
@@ -79,7 +80,7 @@ def scheduler_of(own: Any, name: str = "own", spacing: str | None = None) -> Any
         return type(own).from_config(config, **options)
     class_name, fixed = SCHEDULERS[name]
     options |= fixed
-    shift = config.get("flow_shift") or config.get("shift") or 1.0
+    shift = noise_config.shift_of(config)
     if name == "ddim":  # whose default clips, to a range that latents leave
         options |= {"clip_sample": bool(config.get("clip_sample"))}
     if flow and name in ("ddim", *OF_STUDENTS):

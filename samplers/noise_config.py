@@ -27,7 +27,7 @@ def from_config(config: Mapping[str, Any], sequence_length: int | None = None) -
         return TrigFlow()
     if name.startswith("EDM"):
         return EDM(config.get("prediction_type", "sample"), config["sigma_max"], config["rho"])
-    if "flow" in name.lower() or config.get("prediction_type") == "flow_prediction":
+    if is_flow(name, config):
         return Flow(_shift_factor(config, sequence_length), config.get("num_train_timesteps", 1000))
     if "beta_schedule" in config:
         if config.get("thresholding"):
@@ -44,9 +44,19 @@ def from_scheduler(scheduler: Any, sequence_length: int | None = None) -> NoiseP
     return from_config({**scheduler.config, "_class_name": type(scheduler).__name__}, sequence_length)
 
 
+def shift_of(config: Mapping[str, Any]) -> float:
+    """The constant shift of a flow scheduler's levels, by either of the names that diffusers has for it."""
+    return config.get("shift") or config.get("flow_shift") or 1.0
+
+
+def is_flow(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler of this class and config runs on the levels of a flow."""
+    return "Flow" in name or config.get("prediction_type") == "flow_prediction"
+
+
 def _shift_factor(config: Mapping[str, Any], sequence_length: int | None) -> float:
     if not config.get("use_dynamic_shifting"):
-        return config.get("shift") or config.get("flow_shift") or 1.0
+        return shift_of(config)
     if sequence_length is None:
         raise UserError("the scheduler's shift depends on the resolution: pass the number of image tokens")
     low, high = config["base_image_seq_len"], config["max_image_seq_len"]

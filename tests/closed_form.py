@@ -9,7 +9,7 @@ Both are affine in c, so guidance of scale w between shifts u and s is the teach
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -91,11 +91,9 @@ def posterior(noise: NoiseProcess, x_t: Tensor, t: Tensor, mean: Tensor, std: Te
     return mean + alpha * std**2 * rest, sigma * rest
 
 
-def shifts(prompts: Sequence[str], negative: str | Sequence[str]) -> Condition:
+def shifts(prompts: list[str]) -> dict[str, Tensor]:
     """Prompts that are numbers, or "" for 0, as the condition `shift`, (B,)."""
-    negatives = [negative] if isinstance(negative, str) else list(negative)
-    numbers, others = (torch.tensor([float(p or 0) for p in texts]) for texts in (prompts, negatives))
-    return Condition({"shift": numbers}, len(prompts), {"shift": others})
+    return {"shift": torch.tensor([float(p or 0) for p in prompts])}
 
 
 class GaussianTeacher(Denoiser):
@@ -137,8 +135,8 @@ class GaussianTeacher(Denoiser):
     def noise_process(self, latent_shape: tuple[int, ...] | None) -> NoiseProcess:
         return self._noise
 
-    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        return shifts(prompts, negative)
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        return shifts(prompts)
 
     def call(self, network: Callable[..., Any], x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return network(x_t, time, condition.tensors["shift"].to(x_t), condition.guidance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -100,8 +100,8 @@ class MixtureTeacher(Denoiser):
     def noise_process(self, latent_shape: tuple[int, ...] | None) -> NoiseProcess:
         return self._noise
 
-    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        return shifts(prompts, negative)
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        return shifts(prompts)
 
     def call(self, network: Callable[..., Any], x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return network(x_t, time, condition.tensors["shift"].to(x_t))

@@ -19,7 +19,7 @@ from fewstep.distill.family_config import DistributionMatchingConfig, Explicit, 
 from fewstep.distill.networks import Networks
 from fewstep.distill.objectives import adversarial, cost, implicit, phases, policy, regression
 from fewstep.distill.objectives.divergence import huber, reverse_kl, sid, sim, spread, surrogate, weighted
-from fewstep.distill.objectives.f_divergence import density_ratio, uni_instruct, weights
+from fewstep.distill.objectives.f_divergence import FEW, H, density_ratio, uni_instruct, weights
 from fewstep.distill.objectives.fake_score import reweighted, subinterval_error, x0_hat_error
 from fewstep.distill.objectives.levels import ends, even_levels, first_level, start_scale
 from fewstep.distill.objectives.policy import Draws, Point, backward_simulation, compared, drawn_step, noised_data
@@ -48,6 +48,10 @@ class DistributionMatching(Distiller):
         self.target = self.teacher.denoiser  # what the student is held to
         # where the scale is an input of the networks, the student is told the teacher's, and so is its fake score
         self.guidance = config.guidance_scale if self.teacher.denoiser.takes_guidance else None
+        if self.guidance is not None and config.guidance_scale_max is not None:
+            raise UserError(
+                "guidance_scale_max: this teacher is told its scale, as the student is: one, guidance_scale"
+            )
         at_level = config.start == "level"
         self.top, self.ends = first_level(config, self.noise), ends(config, self.noise)
         t = self.noise.shift(torch.tensor(self.top, dtype=torch.float64))
@@ -322,9 +326,9 @@ class DistributionMatching(Distiller):
             return weighted(d, c.weight, x0, r, t, self.noise), r, f
 
     def of_ratio(self, ratio: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h, r h' and r^2 h'' of each sample, over the batch's mean of h, (B,)."""
+        """h, r h' and r^2 h'' of each sample, over the batch's mean of h, of a few samples over h at ratio 1, (B,)."""
         h, slope, curve = weights(torch.ones_like(t) if ratio is None else ratio, self.config.f)
-        mean = h.mean()
+        mean = h.mean() if len(h) >= FEW else H[self.config.f](torch.ones_like(h[0]))
         return h / mean, slope / mean, curve / mean
 
     @property

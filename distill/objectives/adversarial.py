@@ -157,7 +157,8 @@ def direction(x0: Tensor, logits: Callable[[Tensor], Tensor], bound: float | Non
     x = x0.detach().requires_grad_()
     with torch.enable_grad():
         found = logits(x)
-        loss = generator_loss(found if bound is None else found.clamp(-bound, bound)).sum()
+        # N before the backward pass: of a mean over many elements and features half precision would keep nothing
+        loss = x0[0].numel() * generator_loss(found if bound is None else found.clamp(-bound, bound)).sum()
     with torch.autocast(x.device.type, enabled=False):
         (gradient,) = torch.autograd.grad(loss, x)
-    return gradient * x0[0].numel(), found.detach()
+    return gradient, found.detach()

@@ -24,6 +24,10 @@ H: dict[str, Callable[[Tensor], Tensor]] = {
 """h(r) = r^2 f''(r), by the key of f."""
 
 
+FEW = 16
+"""Fewer ratios say little of their mean, and one says nothing: it would be 1 by definition, and every f reverse KL."""
+
+
 def weights(r: Tensor, f: str) -> tuple[Tensor, Tensor, Tensor]:
     """h, r h' and r^2 h'' at ratios r, of their shape, without graph."""
     with torch.enable_grad():
@@ -38,12 +42,14 @@ def density_ratio(logits: Tensor, t: Tensor, bins: int = 10) -> Tensor:
     """r at x_t, (B,), from a discriminator's logits (B, P), of which the mean is taken; no graph.
 
     exp of the mean within +-10, held in [0.1, 20], then divided by its mean among samples of like level, as E_q r = 1:
-    in up to `bins` groups of at least 16 samples each (f-distill's recipe, arXiv:2502.15681, of 10 intervals of t).
+    in up to `bins` groups of at least 16 samples each (f-distill's recipe, arXiv:2502.15681, of 10 intervals of t). Of
+    fewer samples it stays as it is.
     """
     r = logits.detach().mean(1).clamp(-10, 10).exp().clamp(0.1, 20)
-    order = t.argsort()
+    if len(r) < FEW:
+        return r
     out = torch.empty_like(r)
-    for rows in order.tensor_split(max(1, min(bins, len(r) // 16))):
+    for rows in t.argsort().tensor_split(max(1, min(bins, len(r) // FEW))):
         out[rows] = r[rows] / r[rows].mean()
     return out
 

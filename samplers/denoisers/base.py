@@ -143,8 +143,19 @@ class Denoiser(ABC):
         return {"prompt": list(prompts)}
 
     @abstractmethod
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        """What the network's forward takes of each prompt, by its own names, (B, ...): embeddings in float32 on the text
+        encoder's device, or labels in int64 on the network's.
+        """
+
     def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        """Conditions of prompts, on the text encoder's device, float32."""
+        """Conditions of prompts and of one negative prompt for all, or of one for each."""
+        negatives = [negative] if isinstance(negative, str) else list(negative)
+        return Condition(self.embed(list(prompts)), len(prompts), self.embed_negative(negatives))
+
+    def embed_negative(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The same of negative prompts, which some pipelines embed otherwise; nothing where there is no such thing."""
+        return self.embed(prompts)
 
     @abstractmethod
     def call(self, network: Callable[..., Any], x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:

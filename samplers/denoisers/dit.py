@@ -43,11 +43,7 @@ class DiT(Denoiser):
             raise UserError(f"scheduler {name}: DiTPipeline does not scale its first noise, as this one needs")
         return {"class_labels": class_ids(prompts, NULL, pipeline.labels, NULL)}
 
-    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        negatives = [negative] if isinstance(negative, str) else list(negative)
-        return Condition(self._labels(prompts), len(prompts), self._labels(negatives))
-
-    def _labels(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         labels = class_ids(prompts, NULL, self.pipeline.labels, NULL)
         return {"class_labels": torch.tensor(labels, device=self.device)}
 

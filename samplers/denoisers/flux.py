@@ -55,11 +55,7 @@ class Flux(Denoiser):
         _, height, width = latent_shape or self.latent_shape()
         return from_scheduler(self.pipeline.scheduler, (height // 2) * (width // 2))
 
-    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        negatives = [negative] if isinstance(negative, str) else list(negative)
-        return Condition(self._embed(list(prompts)), len(prompts), self._embed(negatives))
-
-    def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         hidden, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.pipeline.text_encoder.device)
         return {"encoder_hidden_states": hidden.float(), "pooled_projections": pooled.float()}
 

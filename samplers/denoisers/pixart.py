@@ -26,11 +26,7 @@ class PixArt(Denoiser):
         # by default captions are cleaned, but only where two further packages happen to be installed
         return {"prompt": list(prompts), "clean_caption": False}
 
-    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        negatives = [negative] if isinstance(negative, str) else list(negative)
-        return Condition(self._embed(list(prompts)), len(prompts), self._embed(negatives))
-
-    def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         p = self.pipeline
         hidden, mask, _, _ = p.encode_prompt(prompts, do_classifier_free_guidance=False, device=p.text_encoder.device)
         return {"encoder_hidden_states": hidden.float(), "encoder_attention_mask": mask.float()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -25,10 +25,12 @@ class Sana(Denoiser):
     # the depthwise convolution between the last two has no small factors
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "conv_inverted", "conv_point")
 
-    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        negatives = [negative] if isinstance(negative, str) else list(negative)
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         instruction = inspect.signature(type(self.pipeline).__call__).parameters["complex_human_instruction"].default
-        return Condition(self._embed(list(prompts), instruction), len(prompts), self._embed(negatives, None))
+        return self._embed(prompts, instruction)
+
+    def embed_negative(self, prompts: list[str]) -> dict[str, Tensor]:
+        return self._embed(prompts, None)
 
     def _embed(self, prompts: list[str], instruction: list[str] | None) -> dict[str, Tensor]:
         p = self.pipeline

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ def guidance_embedding(scale: Tensor, dimensions: int) -> Tensor:
 
 
 class StableDiffusion(Denoiser):
-    """Condition: `encoder_hidden_states` (B, tokens, width)."""
+    """Condition: `encoder_hidden_states` (B, tokens, width). A UNet with a guidance input is told 1 where nothing else is said."""
 
     network_names = ("unet",)
     lora_targets = UNET_LORA_TARGETS
@@ -58,19 +58,15 @@ class StableDiffusion(Denoiser):
         torch.nn.init.zeros_(new.time_embedding.cond_proj.weight)
         return self.with_networks({"unet": new.to(unet.device, unet.dtype).requires_grad_(False).eval()})
 
-    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        p = self.pipeline
-        negatives = [negative] if isinstance(negative, str) else list(negative)
-        positive, _ = p.encode_prompt(list(prompts), p.text_encoder.device, 1, False)
-        empty, _ = p.encode_prompt(negatives, p.text_encoder.device, 1, False)
-        key = "encoder_hidden_states"
-        return Condition({key: positive.float()}, len(prompts), {key: empty.float()})
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        hidden, _ = self.pipeline.encode_prompt(prompts, self.pipeline.text_encoder.device, 1, False)
+        return {"encoder_hidden_states": hidden.float()}
 
     def call(self, network: Callable[..., Any], x_t: Tensor, time: Tensor, condition: Condition) -> Tensor:
         extra = self.added(x_t, condition)
-        if condition.guidance is not None and self.takes_guidance:
-            guidance = condition.guidance.to(x_t.device)
-            embedding = guidance_embedding(guidance, self.network.config.time_cond_proj_dim)
+        if self.takes_guidance:
+            told = torch.ones(len(x_t)) if condition.guidance is None else condition.guidance
+            embedding = guidance_embedding(told.to(x_t.device), self.network.config.time_cond_proj_dim)
             extra["timestep_cond"] = embedding.to(self.network.dtype)
         dtype = self.network.dtype
         hidden = condition.tensors["encoder_hidden_states"].to(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -29,11 +29,7 @@ class StableDiffusion3(Denoiser):
     def feature(self, output: Any) -> Tensor:
         return output if isinstance(output, Tensor) else output[-1]  # a block's text comes first
 
-    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        negatives = [negative] if isinstance(negative, str) else list(negative)
-        return Condition(self._embed(list(prompts)), len(prompts), self._embed(negatives))
-
-    def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         p = self.pipeline
         hidden, _, pooled, _ = p.encode_prompt(
             prompts, None, None, device=p.text_encoder.device, do_classifier_free_guidance=False

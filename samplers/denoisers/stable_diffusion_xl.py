@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,18 +24,15 @@ class StableDiffusionXL(StableDiffusion):
         if getattr(getattr(pipeline, "vae", None), "config", {}).get("latents_mean"):
             raise UserError("StableDiffusionXLPipeline: its autoencoder has latents_mean, which are not supported")
 
-    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
+    def embed_negative(self, prompts: list[str]) -> dict[str, Tensor]:
         """An empty negative prompt is none: zeros, unless the pipeline's config asks for its embedding."""
-        negatives = [negative] if isinstance(negative, str) else list(negative)
-        unsaid = self._embed(negatives)
+        embeds = self.embed(prompts)
         if self.pipeline.config.force_zeros_for_empty_prompt:
-            unsaid = {
-                k: torch.stack([row * bool(text) for row, text in zip(v, negatives, strict=True)])
-                for k, v in unsaid.items()
-            }
-        return Condition(self._embed(list(prompts)), len(prompts), unsaid)
+            said = [bool(text) for text in prompts]
+            embeds = {k: torch.stack([row * s for row, s in zip(v, said, strict=True)]) for k, v in embeds.items()}
+        return embeds
 
-    def _embed(self, prompts: list[str]) -> dict[str, Tensor]:
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         p = self.pipeline
         hidden, _, pooled, _ = p.encode_prompt(
             prompts, device=p.text_encoder_2.device, do_classifier_free_guidance=False

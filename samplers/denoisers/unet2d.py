@@ -53,17 +53,14 @@ class UNet2D(Denoiser):
     def feature_blocks(self) -> tuple[str, ...]:
         return ("mid_block",)
 
-    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        """As many rows as prompts; of a network without classes whatever they say."""
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         if not self.takes_prompts:
-            return Condition({}, len(prompts))
-        negatives = [negative] if isinstance(negative, str) else list(negative)
-        null = self._labels(negatives) if any(negatives) else {}
-        return Condition(self._labels(prompts), len(prompts), null)
-
-    def _labels(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+            return {}
         labels = class_ids(prompts, self.network.config.num_class_embeds, {})
         return {"class_labels": torch.tensor(labels, device=self.device)}
+
+    def embed_negative(self, prompts: list[str]) -> dict[str, Tensor]:
+        return self.embed(prompts) if any(prompts) else {}
 
     @staticmethod
     def call_arguments(pipeline: Any, prompts: Sequence[str]) -> dict[str, Any]:

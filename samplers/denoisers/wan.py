@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,17 +28,12 @@ class Wan(Denoiser):
     clips = True
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
-    def encode(self, prompts: Sequence[str], negative: str | Sequence[str] = "") -> Condition:
-        negatives = [negative] if isinstance(negative, str) else list(negative)
-        key = "encoder_hidden_states"
-        return Condition({key: self._embed(list(prompts))}, len(prompts), {key: self._embed(negatives)})
-
-    def _embed(self, prompts: list[str]) -> Tensor:
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         p = self.pipeline
         hidden, _ = p.encode_prompt(
             prompts, do_classifier_free_guidance=False, max_sequence_length=TOKENS, device=p.text_encoder.device
         )
-        return hidden.float()
+        return {"encoder_hidden_states": hidden.float()}
 
     @property
     def feature_blocks(self) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,11 +157,6 @@ def test_a_clip_plays_beside_its_frames(page: Page, fewstep: Command, tmp_path: 
     # noise is what video codecs keep worst; still each frame is nearest to itself
     distance = np.abs(played[:, None] - drawn[None]).mean((2, 3, 4))
     assert distance.argmin(1).tolist() == [0, 1, 2, 3, 4]
-
-
-def test_without_ffmpeg_a_clip_source_is_refused(page: Page, fewstep: Command, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    refused(fewstep("playground", page.clip, "--port", free_port()), "pip install imageio-ffmpeg")
 
 
 def test_nothing_comes_from_elsewhere(page: Page, monkeypatch: pytest.MonkeyPatch):

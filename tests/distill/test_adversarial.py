@@ -62,6 +62,20 @@ def test_direction():
     assert d[1].abs().max() == 0
 
 
+def test_half_precision_keeps_the_direction():
+    """Of a mean over very many features each one's share is below what float16 holds, unless N multiplies it first."""
+    x = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
+    weight = torch.linspace(-1, 1, x[0].numel()).reshape(x[0].shape)
+
+    def logits(x: Tensor) -> Tensor:  # 2^16 features in half precision, and their mean
+        features = (x * weight).half().repeat(1, 4, 1, 1)
+        return features.flatten(1).float().mean(1, keepdim=True) + 8
+
+    found, said = adversarial.direction(x, logits)
+    wanted = -(-said).sigmoid().reshape(-1, 1, 1, 1) * weight
+    assert torch.allclose(found, wanted, rtol=2e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize("shape", [(2, 8, 8, 8), (1, 16, 4, 4), (2, 8, 2, 2), (2, 6, 9, 16), (2, 5, 8), (2, 64, 3, 3)])
 def test_heads(shape: tuple[int, ...]):
     """One logit a sample and map that depends on every position of it, with weights that depend on the seed alone."""

@@ -263,6 +263,10 @@ def test_when_nodes_are_recorded(tmp_path: Path):
     gone = 1 - torch.exp(torch.tensor(0.05).log() / 1000 * torch.tensor(c.record_steps))
     assert torch.allclose(gone, 0.95 * torch.arange(1, 11) / 10, atol=0.002)  # of a rounded iteration
     assert c.record_steps[-1] == 1000
+    warm = c.model_copy(update={"lr_warmup_steps": 500})
+    moved = torch.cumsum(torch.arange(1, 1001).clamp(max=500) / 500, 0)[torch.tensor(warm.record_steps) - 1]
+    gone = 1 - torch.exp(torch.tensor(0.05).log() / moved[-1] * moved)
+    assert torch.allclose(gone, 0.95 * torch.arange(1, 11) / 10, atol=0.002)
     assert config(tmp_path, **PATH).record_steps == [2, 4, 6]  # type: ignore[attr-defined]
     assert [config(tmp_path, **PATH).node(i) for i in range(12)] == [2] * 8 + [1] * 2 + [0] * 2  # type: ignore[attr-defined]
 
@@ -330,6 +334,10 @@ def test_memory_counts_the_target(tmp_path: Path):
     ("changes", "said"),
     [
         ({"policy": "phases"}, "nodes 3: not with policy phases: a path is of one network"),
+        (
+            {"policy": "trajectory", "step_conditioned": True},
+            "nodes 3: not with step_conditioned: a target is told no number of a step",
+        ),
         (
             {"fake_score_warmup_steps": 2},
             "fake_score_warmup_steps 2 are too few to record them after 1, 1, 2 iterations",

@@ -18,7 +18,7 @@ from tests.distill.exact import SHIFT, Laws, exact, on_the_sample, prompts_of, r
 from tests.distill.gaussian import PROCESSES, Teacher, calls, laws, lora, method, rows_by_backward, under_training
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
-ONE = {"guidance_scale": 2.0, "prompt_dropout": 0.0}  # guidances of the fake score stay the preset's
+ONE = {"guidance_scale": 2.0}  # guidances of the fake score stay the preset's
 
 
 def direction(folder: Path, **changes: Any) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from fewstep.distill.methods.consistency import Draws
 from fewstep.distill.random import Rngs
+from fewstep.samplers.errors import UserError
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
 from tests.distill.gaussian import PROCESSES, Teacher, calls, method, rows_by_backward, under_training
@@ -86,3 +87,9 @@ def test_the_teacher_is_one_call(build: Callable[..., Any], tmp_path: Path):
     assert (
         declared == {"forward": rows[False], "backward": rows[True]} == {"forward": 2, "backward": len(made.updates(0))}
     )
+
+
+def test_a_teacher_that_is_told_its_scale_has_one(tmp_path: Path):
+    """The student is told the same: of a range it would be told one and learn another."""
+    with pytest.raises(UserError, match="guidance_scale_max: this teacher is told its scale, as the student is"):
+        dmd2(tmp_path, told("flow"), guidance_scale=2.0, guidance_scale_max=4.0)

@@ -27,7 +27,7 @@ from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
 PLAIN = {
     **{"method": "sid", "weight": "none", "guidance_scale": 1.0, "fake_guidance_scale": 1.0},
-    **{"fake_train_guidance_scale": 1.0, "prompt_dropout": 0.0},
+    **{"fake_train_guidance_scale": 1.0, "fake_score_prompt_dropout": 0.0},
 }
 
 

@@ -17,7 +17,7 @@ from fewstep.distill.distiller import Losses
 from fewstep.distill.methods.pretrain import Pretrain
 from fewstep.distill.networks import Networks
 from fewstep.distill.random import Rngs, permutation
-from fewstep.distill.trainer import Trainer, learning_rate
+from fewstep.distill.trainer import Trainer
 from fewstep.samplers.noise import EDM, Flow, NoiseProcess
 from tests.closed_form import GaussianTeacher, vp
 from tests.distill.runs import Scripted, config, metrics, scripted, square, trainer
@@ -158,9 +158,9 @@ def test_rates_by_rules_are_those_of_diffusers(tmp_path: Path):
         found.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    assert [learning_rate(settings, 0.3, i) for i in range(12)] == pytest.approx(found)
+    assert [0.3 * settings.rate(i) for i in range(12)] == pytest.approx(found)
     warm = settings.model_copy(update={"lr_warmup_steps": 8})
-    assert learning_rate(warm, 0.3, 5) == pytest.approx(found[5] * 6 / 8)
+    assert 0.3 * warm.rate(5) == pytest.approx(found[5] * 6 / 8)
 
 
 def test_roles_have_their_own_rates(tmp_path: Path):

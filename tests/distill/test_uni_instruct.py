@@ -177,7 +177,8 @@ def test_density_ratio():
     """Mean logit, exponentiated, within [0.1, 20], with the mean 1 among like levels: of 32 samples in two halves."""
     logits = torch.tensor([[0.0, 2.0], [1.0, 1.0], [90.0, 90.0], [-90.0, -90.0]])
     raw = torch.tensor([2.71828, 2.71828, 20, 0.1])
-    assert torch.allclose(density_ratio(logits, torch.rand(4)), raw / raw.mean(), rtol=1e-5)
+    assert torch.allclose(density_ratio(logits.repeat(4, 1), torch.rand(16)), (raw / raw.mean()).repeat(4), rtol=1e-5)
+    assert torch.allclose(density_ratio(logits, torch.rand(4)), raw, rtol=1e-5)  # of few as it is
     t = torch.linspace(0, 1, 32)
     r = density_ratio(torch.where(t < 0.5, 1.0, 2.0)[:, None], t)
     assert torch.allclose(r, torch.ones(32))  # each half by itself
@@ -214,6 +215,17 @@ def test_the_method_is_the_potential_with_a_normalised_ratio(name: str, exact_fo
     distilled = exact(tmp_path, name, x, **(BASE | {"divergence": "f_distill", "f": "kl"}))
     d, *_ = distilled.direction(x0, t, eps, batch.condition, 1.0, ratio)
     assert torch.allclose(d, h.reshape(-1, 1, 1, 1) * (f - r), rtol=1e-10)
+
+
+def test_one_row_has_its_own_weight(tmp_path: Path):
+    """Over h(1), and not over its own h, which would make every f reverse KL."""
+    x = Laws()
+    made = exact(tmp_path, "vp", x, **(BASE | {"divergence": "f_distill", "f": "kl"}))
+    batch, x0, t, eps = rows(made, x)
+    assert batch.condition is not None
+    ratio = torch.linspace(0.5, 2, 16).double()
+    d, r, f = made.direction(x0[:1], t[:1], eps[:1], batch.condition[:1], 1.0, ratio[:1])
+    assert torch.allclose(d, 0.5 * (f - r), rtol=1e-10)
 
 
 def test_identities(tmp_path: Path):

@@ -71,6 +71,9 @@ def test_stable_diffusion_with_a_guidance_input():
     close(ours, theirs.images)
     weaker = sample(denoiser, denoiser.encode(PROMPTS), plan.model_copy(update={"embedded_guidance": 2.0}), SEEDS)
     assert (ours - weaker).norm() > 0.01 * ours.norm()
+    theirs = pipe(PROMPTS, num_inference_steps=6, guidance_scale=1.0, generator=generators(SEEDS), output_type="latent")
+    untold = plan.model_copy(update={"embedded_guidance": None})
+    close(sample(denoiser, denoiser.encode(PROMPTS), untold, SEEDS), theirs.images)
 
 
 def test_a_guidance_input_is_given_to_a_network_whose_config_knows_none(tmp_path: Path):
