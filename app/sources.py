@@ -13,7 +13,6 @@ from fewstep.distill.captions import read_prompts
 from fewstep.distill.config import TrainConfig, validate
 from fewstep.distill.evaluation import Sampler, Teacher, student_folder, student_sampler, teacher_of
 from fewstep.distill.prompt_sets import EXAMPLES
-from fewstep.distill.report import teacher_guidance
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import class_of, denoiser_of, dtypes, family, load_student, resolve, student_in
@@ -126,7 +125,7 @@ def load_source(name: str, revision: str | None = None, variant: str | None = No
         student=student,
         step_counts=step_counts,
         many_steps=max(config.report_teacher_steps) if config else 50,
-        guidance_scale=teacher_guidance(config) if config and teacher.guidance_scale else teacher.guidance_scale,
+        guidance_scale=config.teacher_guidance if config and teacher.guidance_scale else teacher.guidance_scale,
         prompts=examples(base, config, denoiser.examples) if denoiser.takes_prompts else [],
         clips=len(shape) == 4,
     )

@@ -82,7 +82,7 @@ def one(name: str, iterations: int, rank: int) -> dict[str, Any]:
         shape = teacher.latent_shape()
         batches = Batches(Prompts(captions), shape, condition, None, 0, 1, 1, 0, 1, accelerator.device)
         trainer = Trainer(config, accelerator, method, batches, record)
-        with trainer._attention():
+        with trainer.attention():
             for i in range(iterations):
                 trainer.step(i)
         measured = resident("VmHWM") - baseline

@@ -251,7 +251,7 @@ def prepared(config: TrainConfig) -> tuple[Callable[[int], None], Callable[[int]
     trainer = Trainer(config, accelerator, methods[0], batches, record)
 
     def iteration(i: int) -> None:
-        with trainer._attention():
+        with trainer.attention():
             trainer.scalars |= trainer.step(i)
         trainer.iteration = i + 1
         trainer._after()
@@ -261,7 +261,7 @@ def prepared(config: TrainConfig) -> tuple[Callable[[int], None], Callable[[int]
     loop.require_grad("student")
 
     def bare_iteration(i: int) -> None:
-        with trainer._attention():  # plain attention on CPUs is a choice of kernels: both sides have it
+        with trainer.attention():  # plain attention on CPUs is a choice of kernels: both sides have it
             getattr(loop, config.method)(i)
 
     return iteration, bare_iteration, counts

@@ -70,7 +70,7 @@ def _rows(path: Path) -> Iterator[Any]:
             yield from (json.loads(line) for line in text.split("\n") if line.strip())
         else:
             yield from csv.DictReader(io.StringIO(text), delimiter="\t" if kind == ".tsv" else ",")
-    except (ValueError, TypeError, csv.Error) as error:
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"prompts {path}: not a {kind[1:]} table of captions ({error})") from error
 
 

@@ -120,10 +120,17 @@ def fault(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None."""
     try:
         hashes = json.loads((checkpoint / "manifest.json").read_text())
+        if "meta.json" not in hashes:
+            return "incomplete (manifest.json)"
         for name, digest in hashes.items():
             if _digest(checkpoint / name) != digest:
                 return f"{name} is damaged"
-    except (OSError, ValueError, AttributeError) as error:  # a file is missing, or the manifest is no mapping
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:  # a file is missing, or the manifest is no mapping
         return f"incomplete ({type(error).__name__})"
     return None
 

@@ -56,7 +56,7 @@ class LCMConfig(TrainConfig, frozen=True):
     guidance_scale_max: float | None = Field(
         None, description="with it the scale is drawn from guidance_scale..this and is an input of the student"
     )
-    num_ode_steps: int = Field(50, ge=2, description="levels of the teacher's grid")
+    num_ode_steps: int = Field(50, ge=2, le=1000, description="levels of the teacher's grid")
     huber_c: float = Field(1e-3, gt=0)
     target_ema_decay: float = Field(0.95, ge=0, lt=1, description="of the target network, full students only")
     steps: list[PositiveInt] = Field(
@@ -131,7 +131,11 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
         where = str(config)
         try:
             values = yaml.load(path.read_text(encoding="utf-8"), _Once)
-        except (yaml.YAMLError, ValueError) as error:  # a date that there is not, text that is not UTF-8
+        except (
+            yaml.YAMLError,
+            ValueError,
+            RecursionError,
+        ) as error:  # a date that there is not, text that is not UTF-8
             raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
         except OSError as error:
             raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
@@ -144,7 +148,7 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
             raise ConfigError(f"{item}: an override is key=value")
         try:
             values[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{item}: the value is not YAML; quote a text, as in {key}='\"2024\"'") from error
     return validate(values, where)
 

@@ -23,6 +23,9 @@ EXPECTED = {
 }
 """Module, exception and exit code of what a user can cause."""
 
+TOLD_BY_TEXT = ("DefaultCPUAllocator: ", "Connection closed by peer", "Connection reset by peer")
+"""What torch says in a RuntimeError of no kind of its own: main memory does not hold that much, another process ended."""
+
 
 def answer(action: Callable[[], Any], debug: bool = False) -> int:
     """Run a command; its exit code. What the user caused is one line per mistake on stderr, with `debug` a traceback too.
@@ -55,6 +58,8 @@ def _run(action: Callable[[], Any], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         said = str(error)
+        if (start := next((said.find(t) for t in TOLD_BY_TEXT if t in said), None)) is not None:
+            said = said[start:].partition("\n")[0]
         if isinstance(error, OSError) and error.filename is not None:  # no permission, a name that is too long
             said = f"{str(error.filename)[:200]}: {error.strerror}"
         for line in said.splitlines() or [type(error).__name__]:
@@ -70,6 +75,8 @@ def expected(error: Exception) -> int | None:
         and error.filename is not None
         and error.errno in (EACCES, EPERM, ENAMETOOLONG, ELOOP)
     ):
+        return 2
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in TOLD_BY_TEXT):
         return 2
     for module, (name, code) in EXPECTED.items():
         kind = getattr(sys.modules.get(module), name, None)  # what was never imported was never raised

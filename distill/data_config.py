@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
@@ -13,7 +14,7 @@ def not_unicode(text: str) -> str | None:
         text.encode()
     except UnicodeEncodeError as error:
         return f"is no valid Unicode, at character {error.start + 1}"
-    return None
+    return "holds a null character" if "\0" in text else None
 
 
 def _unicode(text: str) -> str:
@@ -24,6 +25,18 @@ def _unicode(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_unicode)]
 """What tokenizers take."""
+
+
+def _home(text: str) -> str:
+    try:
+        Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"no such user: {Path(text).parts[0]}") from error
+    return text
+
+
+Folder = Annotated[Text, AfterValidator(_home)]
+"""Where something is written; ~ is the home of a user that there is."""
 
 
 class DataConfig(BaseModel, frozen=True):
@@ -64,7 +77,7 @@ class DataConfig(BaseModel, frozen=True):
     max_bucket_reso: int | None = Field(
         None, ge=8, description="longest side of a bucket; default: twice the resolution"
     )
-    cache_dir: str | None = Field(None, description="cached latents and embeddings; default ~/.cache/fewstep")
+    cache_dir: Folder | None = Field(None, description="cached latents and embeddings; default ~/.cache/fewstep")
 
     @property
     def has_images(self) -> bool:

@@ -119,7 +119,7 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
     )
     fake_score_updates: int = Field(5, ge=1, description="fake score updates per student update")
     fake_score_warmup_steps: int = Field(0, ge=0, description="iterations of the fake score alone")
-    fake_score_learning_rate: float | None = Field(None, gt=0, description="default: the student's")
+    fake_score_learning_rate: float | None = Field(None, gt=0, le=1e6, description="default: the student's")
     fake_score_weight: FakeScoreWeight = Field(
         "output", description="of its loss: on the raw output, a VP's v counted as epsilon, or alpha times that error"
     )

@@ -153,11 +153,14 @@ def train_parts(config: TrainConfig, parts: int, resume: bool = False, data: Dat
             "config: parts: students are trained one after the other by one process; launch without others"
         )
     folder = config.run_dir
-    if (folder / ROUTER).is_file() and not resume:
+    begun = (folder / ROUTER).is_file() and (
+        folder / "config.yaml"
+    ).is_file()  # the router alone: it ended between the two
+    if begun and not resume:
         raise UserError(f"{folder}: holds a run already; --resume continues it, name=OTHER starts another")
     if (folder / "metrics.jsonl").is_file() or (folder / "checkpoints").is_dir():
         raise UserError(f"{folder}: holds a run of one student; name=OTHER starts another")
-    if (folder / ROUTER).is_file():
+    if begun:
         refuse_changes(folder, config)
     else:
         refuse_foreign(folder)

@@ -13,10 +13,11 @@ from torch import nn
 from fewstep.distill.config import ConfigError, TrainConfig
 from fewstep.distill.console import columns
 from fewstep.distill.distiller import Distiller
-from fewstep.distill.memory import Need, bytes_of, need, without_adapters
+from fewstep.distill.memory import Need, base_bytes, bytes_of, need, without_adapters
 from fewstep.samplers.adapters import bare
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
+from fewstep.samplers.load import DTYPES
 from fewstep.samplers.skeleton import skeleton
 
 GIB = 2**30
@@ -98,21 +99,29 @@ def plan(config: TrainConfig, memory: str | None = None, devices: int = 8, base:
 
 
 def _text(config: TrainConfig, base: Denoiser, found: dict[str, Any], limit: int | None, made: dict[str, Any]) -> str:
+    rest = sum(
+        bytes_of(m) for n, m in base.pipeline.components.items() if isinstance(m, nn.Module) and n not in base.networks
+    )
+
+    def loaded(asked: TrainConfig) -> int:
+        """Encoders and networks are on the device together before the training, while prompts and images are encoded."""
+        return base_bytes(asked, base) + rest * DTYPES[asked.base_dtype].itemsize // 4
+
+    def fit(row: Need, asked: TrainConfig) -> bool:
+        return limit is not None and max(row.total, loaded(asked)) <= limit
+
     table = [["strategy", "weights", "gradients", "optimiser", "activations", "total", *(["fits"] if limit else [])]]
-    for name, (row, *_) in found.items():
+    for name, (row, asked, *_) in found.items():
         if isinstance(row, str):
             continue
         cells = [row.weights, row.gradients, row.optimizer, row.activations, row.total]
-        table.append([name, *map(_gib, cells), *(["yes" if row.total <= limit else "no"] if limit else [])])
+        table.append([name, *map(_gib, cells), *(["yes" if fit(row, asked) else "no"] if limit else [])])
     count = sum(without_adapters(bare(n)) for n in base.networks.values())
     trained = [["trained role", *made]]
     for role in next(method for method in made.values() if not isinstance(method, str)).roles():
         sizes = [_size(method, role) for method in made.values()]
         if any(s != "-" for s in sizes):
             trained.append([role, *sizes])
-    rest = sum(
-        bytes_of(m) for n, m in base.pipeline.components.items() if isinstance(m, nn.Module) and n not in base.networks
-    )
     lines = [
         f"{type(base.pipeline).__name__}: {count:,} parameters in {' and '.join(base.networks)}, batch "
         f"{config.train_batch_size}, latents {'x'.join(map(str, base.latent_shape(config.height, config.width, config.num_frames)))}",
@@ -128,15 +137,15 @@ def _text(config: TrainConfig, base: Denoiser, found: dict[str, Any], limit: int
          if over == 1 and asked.model_dump() == config.model_dump() and ck == config.gradient_checkpointing), None,
     )  # fmt: skip
     if limit:
-        fits = [name for name, (row, *_) in found.items() if not isinstance(row, str) and row.total <= limit]
+        fits = [name for name, (row, asked, *_) in found.items() if not isinstance(row, str) and fit(row, asked)]
         lines.append(f"{_gib(limit)} GiB hold: {'; '.join(fits) if fits else 'none of these'}")
     if own is not None and not isinstance(found[own][0], str):
-        total = found[own][0].total
-        verdict = "" if not limit else ", which fits" if total <= limit else ", which does not fit"
-        lines.append(f"this config: {own}, {_gib(total)} GiB{verdict}")
+        row, asked = found[own][:2]
+        verdict = "" if not limit else ", which fits" if fit(row, asked) else ", which does not fit"
+        lines.append(f"this config: {own}, {_gib(row.total)} GiB{verdict}")
     lines.append(
-        f"text encoder and autoencoder: {_gib(rest)} GiB in float32, beside the networks while they encode"
-        + ("" if config.offload_encoders else " and, with offload_encoders: false, while they train")
+        f"before it trains: {_gib(loaded(config))} GiB, the networks beside text encoder and autoencoder, which encode"
+        + ("" if config.offload_encoders else " and, with offload_encoders: false, stay there")
     )
     lines.append(NOTE)
     return "\n".join(lines)

@@ -44,11 +44,11 @@ class DisBackConfig(DistributionMatchingConfig, frozen=True):
             raise ValueError(
                 f"nodes {self.nodes}: not with policy phases: a path is of one network, each phase has its own"
             )
-        at = self.record_steps
+        at = [] if self.nodes > self.fake_score_warmup_steps else self.record_steps
         if len({0, *at}) <= self.nodes:
             raise ValueError(
-                f"nodes {self.nodes}: fake_score_warmup_steps {self.fake_score_warmup_steps} are too few to record them "
-                f"after {', '.join(map(str, at))} iterations; take more, or fewer nodes"
+                f"nodes {self.nodes}: fake_score_warmup_steps {self.fake_score_warmup_steps} are too few to record them"
+                f"{' after ' + ', '.join(map(str, at)) + ' iterations' if at else ''}; take more, or fewer nodes"
             )
         if self.max_train_steps <= self.arrival:
             raise ValueError(

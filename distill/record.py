@@ -8,8 +8,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from fewstep.distill import checkpoint
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Distiller
 from fewstep.distill.efficiency import autocast
+from fewstep.distill.objectives.levels import many_steps
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.manifest import check_weights, read_manifest
-from fewstep.samplers.plan import SamplingPlan, sample, uniform_plan
+from fewstep.samplers.plan import SamplingPlan, sample
 from fewstep.samplers.router import ROUTER
 
 MAY_CHANGE = {
@@ -73,6 +75,9 @@ def refuse_changes(folder: Path, config: TrainConfig) -> dict[str, Any]:
         )
     now = config.model_dump(mode="json")
     changed = [k for k in now if k not in MAY_CHANGE and then.get(k, now[k]) != now[k]]
+    sequential = getattr(config, "policy", None) == "phases" and getattr(config, "phase_order", None) == "sequential"
+    if sequential and then.get("max_train_steps") != now["max_train_steps"]:
+        changed.append("max_train_steps")  # which says when a phase ends
     if changed:
         said = ", ".join(f"{k} (was {then.get(k)!r}, now {now[k]!r})" for k in changed)
         raise UserError(f"{folder}: cannot be resumed with other values of {said}")
@@ -145,6 +150,7 @@ class Record:
         self.preview_condition: Condition | None = None
         self._teacher: tuple[Denoiser, Tensor | None] | None = None
         self._bar: Any = None
+        self._goes_on = False
         self._spoke = self._began = time.monotonic()
 
     def open(self, resume: bool) -> None:
@@ -156,8 +162,15 @@ class Record:
             raise UserError(f"{self.folder}: holds a run already; --resume continues it, name=OTHER starts another")
         if (self.folder / ROUTER).is_file():
             raise UserError(f"{self.folder}: holds a run of several students (parts); name=OTHER starts another")
+        self._goes_on = begun
         if begun:
-            self._same_rows(refuse_changes(self.folder, self.config), now)
+            then = refuse_changes(self.folder, self.config)
+            self._same_rows(then, now)
+            ends = then.get("max_train_steps"), now["max_train_steps"]
+            if ends[0] != ends[1] and self.config.lr_scheduler in ("linear", "cosine"):
+                self.say(
+                    f"lr_scheduler {self.config.lr_scheduler}: falls to iteration {ends[1]} now, and no more to {ends[0]}"
+                )
         elif not (self.folder / "environment.json").is_file():
             refuse_foreign(self.folder)
         self.accelerator.wait_for_everyone()  # all have looked before one writes
@@ -165,18 +178,37 @@ class Record:
             found = environment() | {"processes": self.accelerator.num_processes}
             with checkpoint.writing(self.folder, "set output_dir"):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                checkpoint.write_text(written, yaml.safe_dump(now, sort_keys=False))
+                # by which its config is known for a run's own, should the disk be full before that is written
                 checkpoint.write_text(self.folder / "environment.json", json.dumps(found, indent=2))
+                checkpoint.write_text(written, yaml.safe_dump(now, sort_keys=False))
         self.accelerator.wait_for_everyone()
         if self.config.report_to:
             self.accelerator.init_trackers("fewstep")
+
+    def same_data(self, captions: Sequence[str], samples: int) -> None:
+        """Note what a run learns from; UserError where a resumed one would go on with other captions, or other many samples."""
+        path = self.folder / "data.json"
+        digest = sha256("\0".join(captions).encode("utf-8", "surrogatepass")).hexdigest()
+        now = {"samples": samples, "captions": len(captions), "sha256": digest}
+        if self._goes_on:
+            try:
+                then = json.loads(path.read_text())
+            except (OSError, ValueError):  # of an older run, or lost
+                then = now
+            if then != now:
+                raise UserError(
+                    f"{self.folder}: cannot be resumed with other data: its captions are not those it began with"
+                )
+        if self.accelerator.is_main_process:
+            with checkpoint.writing(path, "set output_dir"):
+                checkpoint.write_text(path, json.dumps(now))
 
     def _same_rows(self, then: dict[str, Any], now: dict[str, Any]) -> None:
         """UserError where iterations would have other rows than before: on another number of processes, say."""
         processes = self.accelerator.num_processes
         try:
-            before = json.loads((self.folder / "environment.json").read_text()).get("processes", processes)
-        except (OSError, ValueError, AttributeError):
+            before = int(json.loads((self.folder / "environment.json").read_text()).get("processes", processes))
+        except (OSError, ValueError, TypeError, AttributeError):
             before = processes
         keys = ("train_batch_size", "gradient_accumulation_steps")
         were, are = ([c.get(k, now[k]) for k in keys] + [n] for c, n in ((then, before), (now, processes)))
@@ -261,7 +293,7 @@ class Record:
                     path.replace(path.with_suffix(".lost.jsonl"))
                 checkpoint.write_text(path, "".join(line + "\n" for line in kept))
             if kept:  # seconds go on from there
-                self._began -= json.loads(kept[-1]).get("seconds", 0.0)
+                self._began -= json.loads(kept[-1]).get("seconds") or 0.0
 
     def previews(self, teacher: Denoiser, condition: Condition) -> None:
         """Fix what the previews show: these conditions, one seed each."""
@@ -271,7 +303,7 @@ class Record:
         """Let the previews' teacher go, once the last is drawn."""
         self.preview_condition = self._teacher = None
 
-    def preview(self, method: Distiller, student: Denoiser, iteration: int, teacher_steps: int = 20) -> None:
+    def preview(self, method: Distiller, student: Denoiser, iteration: int) -> None:
         """A picture: the teacher's row, and one row for each step count of the student, same noise."""
         # of sharded networks every process samples the same, since each call needs the parts of all
         alone = self.config.sharding_strategy == "no_shard"
@@ -292,9 +324,7 @@ class Record:
             return pictures(student, torch.cat(parts))
 
         if picture is None:
-            scale = self.config.validation_guidance_scale or getattr(self.config, "guidance_scale", 1.0)
-            plan = uniform_plan(teacher_steps, scale)
-            picture = drawn(teacher, plan)
+            picture = drawn(teacher, many_steps(teacher, 20, self.config.teacher_guidance))
             self._teacher = teacher, picture
         rows = [picture]
         for steps in sorted(method.step_counts, reverse=True):

@@ -26,7 +26,7 @@ class RegressionConfig(BaseModel, frozen=True):
         0, ge=0, description="iterations of the student on the pairs alone, before the scores are matched"
     )
     num_pairs: int = Field(10_000, ge=1, description="made by the teacher before the training, and cached")
-    pair_steps: int = Field(50, ge=1, description="of the teacher's ODE for each")
+    pair_steps: int = Field(50, ge=1, le=1000, description="of the teacher's ODE for each")
     pair_guidance_scale: float | None = Field(None, description="of the teacher there; default: guidance_scale")
 
     @property

@@ -147,13 +147,13 @@ def write_json(report: dict[str, Any], path: Path) -> None:
     """report.json, and the same as a table in a file of the same name that ends in .md."""
     with checkpoint.writing(path, "name another file"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
         checkpoint.write_text(path.with_suffix(".md"), markdown(report))
+        checkpoint.write_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
-def write(comparison: Comparison, folder: Path) -> dict[str, Any]:
+def write(comparison: Comparison, folder: Path, config: TrainConfig) -> dict[str, Any]:
     """report.json, report.md and samples/report.png of a run."""
-    report = comparison.report() | {"iteration": read_manifest(folder / "student").iteration}
+    report = comparison.report() | {"iteration": read_manifest(folder / "student").iteration, "asked": asked(config)}
     picture.save(comparison.picture(), folder / PICTURE)
     write_json(report, folder / "report.json")
     return report
@@ -205,18 +205,19 @@ def check(
 
 
 def current(config: TrainConfig) -> bool:
-    """Whether a run's report is of the student that is there now, and as large as the config says."""
+    """Whether a run's report is whole, of the student that is there now, and what the config asks for."""
     try:
         report = json.loads((config.run_dir / "report.json").read_text(encoding="utf-8"))
-        made = report["n"], report["iteration"]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one
+        made = report["iteration"], report.get("asked", asked(config)), bool(report["blocks"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged one
         return False
-    return made == (config.report_num, read_manifest(config.run_dir / "student").iteration)
+    shown = (config.run_dir / "report.md").is_file() and (config.run_dir / PICTURE).is_file()
+    return shown and made == (read_manifest(config.run_dir / "student").iteration, asked(config), True)
 
 
-def teacher_guidance(config: TrainConfig) -> float:
-    """Of the teacher in a run's report."""
-    return config.validation_guidance_scale or getattr(config, "guidance_scale", 1.0)
+def asked(config: TrainConfig) -> dict[str, Any]:
+    """What a config says of its report."""
+    return {k: v for k, v in config.model_dump(mode="json").items() if k.startswith(("report_", "validation_guidance"))}
 
 
 def report_run(folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -226,7 +227,7 @@ def report_run(folder: Path, say: Callable[[str], None] = lambda line: None) -> 
         raise UserError(f"{folder}: its config has no report_num, so that it has no report")
     comparison = Comparison(prompt_sets(config), say=say, sheets=folder / SHEETS)
     size = {k: v for k in ("height", "width", "num_frames") if (v := getattr(config, k)) is not None}
-    guidance = teacher_guidance(config)
+    guidance = config.teacher_guidance
     loading = dtypes(config.base_dtype)
     teacher = Teacher(config.teacher, config.revision, config.variant, config.negative_prompt, loading, **size)
     for i, steps in enumerate(sorted(config.report_teacher_steps, reverse=True)):
@@ -236,4 +237,4 @@ def report_run(folder: Path, say: Callable[[str], None] = lambda line: None) -> 
     student, manifest = load_student(folder, **student_in(config.base_dtype if config.student == "lora" else "fp32"))
     for steps in sorted(config.report_steps or manifest.plans, reverse=True):
         comparison.add(student_sampler(student, manifest, str(folder), steps), batch_size=config.train_batch_size)
-    return write(comparison, folder)
+    return write(comparison, folder, config)

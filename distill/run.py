@@ -200,6 +200,7 @@ def _fit(
     if data is None:
         pixels, frames = teacher.pixels(config.height, config.width), teacher.frames(config.num_frames)
         data = data_sets.data_set(config, pixels, frames, files)
+    record.same_data(data.captions, len(data))
     buckets = data.buckets if config.aspect_ratio_buckets else ()
     shapes = [teacher.latent_shape(*size, config.num_frames) for size in buckets]
     if shapes and teacher.pipeline.scheduler.config.get("use_dynamic_shifting"):
@@ -295,7 +296,8 @@ def _fit(
                 num_frames=config.num_frames,
             )
             save_student(config.run_dir / "student", exported, manifest)
-        record.preview(method, student, trainer.iteration)
+        with trainer.attention():
+            record.preview(method, student, trainer.iteration)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()

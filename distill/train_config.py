@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
-from fewstep.distill.data_config import DataConfig, Text
+from fewstep.distill.data_config import DataConfig, Folder, Text
 from fewstep.distill.eval_config import EvalConfig
 
 
@@ -46,8 +46,8 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     """Step counts that the method takes, of which a config declares some."""
 
     method: str
-    name: str = Field("run", description="run folder under output_dir")
-    output_dir: str = "runs"
+    name: Text = Field("run", description="run folder under output_dir")
+    output_dir: Folder = "runs"
     seed: int = Field(0, ge=0, lt=2**32)
 
     teacher: str = Field(description="pipeline folder, embedded:NAME, hub id or FILE.safetensors@CONFIG")
@@ -56,7 +56,7 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     student: Literal["lora", "full"] = "lora"
     rank: int = Field(64, ge=1)
     lora_alpha: float | None = Field(None, gt=0, description="default: the rank")
-    target_modules: list[str] | None = Field(None, description="default: the family's")
+    target_modules: list[str] | None = Field(None, min_length=1, description="default: the family's")
     student_config: dict[str, Any] | None = Field(
         None,
         min_length=1,
@@ -70,7 +70,7 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     max_train_steps: int = Field(1000, ge=1)
     train_batch_size: int = Field(16, ge=1, description="rows per process and micro-batch")
     gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, le=1e6)
     lr_scheduler: Literal["constant", "linear", "cosine", "piecewise_constant"] = "constant"
     lr_step_rules: str | None = Field(
         None,
@@ -82,7 +82,7 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_weight_decay: float = Field(0.0, ge=0)
-    adam_epsilon: float = Field(1e-8, gt=0)
+    adam_epsilon: float = Field(1e-8, gt=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float | None = Field(None, gt=0, lt=1, description="moving average of the student that is exported")
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -132,6 +132,14 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
         True, description="look at a few of the student's samples, and stop when they collapse"
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        kinds = get_args(kind := cls.model_fields[info.field_name or ""].annotation) or (kind,)
+        if isinstance(value, bool) and bool not in kinds and {int, float} & set(kinds):
+            raise ValueError("must be a number; YAML reads yes, no, on and off as true and false")
+        return value
+
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_is_a_word(cls, value: object) -> object:
@@ -177,6 +185,12 @@ class TrainConfig(DataConfig, EvalConfig, extra="forbid", frozen=True, allow_inf
         if rules is not None:
             step_rules(rules)
         return rules
+
+    @property
+    def teacher_guidance(self) -> float:
+        """Of the teacher in previews and report."""
+        own = self.validation_guidance_scale
+        return getattr(self, "guidance_scale", 1.0) if own is None else own
 
     def warm(self, iteration: int) -> float:
         """The warm-up's share of the learning rates at an iteration, above 0 and at most 1."""

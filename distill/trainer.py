@@ -65,7 +65,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the last iteration, writing logs, previews and checkpoints."""
         iterations = range(self.iteration, self.iteration if self.worn_out else self.config.max_train_steps)
-        with self.signals, self._attention(), closing(self.record.progress(iterations)) as counted:
+        with self.signals, self.attention(), closing(self.record.progress(iterations)) as counted:
             for i in counted:
                 if self.samples is not None:
                     self._seed(i)
@@ -111,7 +111,7 @@ class Trainer:
         if self.accelerator.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _attention(self) -> AbstractContextManager[Any]:
+    def attention(self) -> AbstractContextManager[Any]:
         """On CPUs plain matrix products: differentiating torch's fused attention there takes several times longer."""
         return sdpa_kernel(SDPBackend.MATH) if self.accelerator.device.type == "cpu" else nullcontext()
 
@@ -200,7 +200,7 @@ class Trainer:
         if c.validation_steps and done % c.validation_steps == 0 and not last:
             with self.averaged():
                 self.record.preview(self.method, self.roles["student"].denoiser, done)
-        if stop and not last:
+        if stop or self._stopping():  # while it was saved, maybe
             self.accelerator.wait_for_everyone()  # a launcher ends all processes when one ends
             raise Interrupted(f"stopped at iteration {done} of {c.max_train_steps}; go on with --resume")
         return last
@@ -270,7 +270,8 @@ class Trainer:
         if self.samples is not None:
             self.samples.seen |= meta.get("samples") or {}
         self.record.rewind(self.iteration)
-        self.record.say(f"resumed from {whole} at iteration {self.iteration}")
+        past = f", which is past max_train_steps {end}" if self.iteration > (end := self.config.max_train_steps) else ""
+        self.record.say(f"resumed from {whole} at iteration {self.iteration}{past}")
         return True
 
     def _stopping(self) -> bool:

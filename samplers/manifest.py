@@ -34,10 +34,10 @@ class Manifest(BaseModel, extra="forbid"):
     revision: str | None = Field(None, description="of the base, with `variant`")
     variant: str | None = None
     pipeline: str = Field(description="class of the diffusers pipeline")
-    fingerprint: str = Field(description="of the teacher's weights")
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{16}-[A-Za-z0-9+/]{342}==$", description="of the teacher's weights")
     method: str
     kind: Literal["lora", "full"]
-    plans: dict[int, SamplingPlan] = Field(description="by number of steps")
+    plans: dict[int, SamplingPlan] = Field(min_length=1, description="by number of steps")
     iteration: int | None = Field(None, description="of its training, that it was made after")
     height: int | None = None
     width: int | None = None
@@ -62,7 +62,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a student's folder; UserError where it is none."""
     try:
         return Manifest.model_validate(json.loads((folder / MANIFEST).read_text()))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+    except (OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
         raise UserError(f"{folder}: not a student's folder ({type(error).__name__} in {MANIFEST})") from error
 
 

@@ -68,7 +68,7 @@ class Flux(Denoiser):
         places = torch.cartesian_prod(*(torch.arange(n, device=device) for n in (1, height, width)))
         output = network(
             hidden_states=packed(x_t.to(dtype)),
-            timestep=time.float() / 1000,  # rounded as the pipeline's, before the network multiplies it again
+            timestep=time.to(dtype) / 1000,  # rounded as the pipeline's, before the network multiplies it again
             img_ids=places.float(),
             txt_ids=torch.zeros(tensors["encoder_hidden_states"].shape[1], 3, device=device),
             return_dict=False,

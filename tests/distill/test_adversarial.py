@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fewstep.distill.buckets import make_buckets
 from fewstep.distill.config import ConfigError
-from fewstep.distill.distiller import Batch
+from fewstep.distill.distiller import Batch, Pairs
 from fewstep.distill.methods.distribution_matching import DistributionMatching, Draws
 from fewstep.distill.networks import require_grad
 from fewstep.distill.objectives import adversarial
 from fewstep.distill.objectives.policy import Point
 from fewstep.distill.random import Rngs
 from fewstep.distill.run import refuse
+from fewstep.samplers.condition import Condition
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
 from tests.distill.exact import SHIFT, Laws, exact, on_the_sample, prompts_of, rows
@@ -129,7 +130,7 @@ def made_of(folder: Path, kind: str, **changes: Any) -> tuple[DistributionMatchi
 def test_what_it_adds_to_the_students_direction(weight: str, tmp_path: Path):
     """With logit k x_t of the sample alone: -gan_weight N k alpha sigmoid(-k x_t), N = 1, on top of the divergence's.
 
-    `mean` looks at the divergence's own x_t, and has its weight 1 / mean |x0 - R|.
+    `mean` looks at the divergence's own x_t, and has its weight 1 / mean |x0 - R|. Of a logit beyond 10 it adds nothing.
     """
     x, k = Laws(), 0.7
     plain = exact(tmp_path, "vp", x, method="dmd2", guidance_scale=2.0, weight=weight)
@@ -145,6 +146,9 @@ def test_what_it_adds_to_the_students_direction(weight: str, tmp_path: Path):
         r = made.teacher.denoiser.guided_x0(x_t, t, batch.condition, 2.0)
         wanted = wanted / (x0 - r).abs().clamp(min=1e-3)
     assert torch.allclose(added, wanted, rtol=1e-6, atol=1e-12)
+    assert x_t.min() < -0.01 < 0.01 < x_t.abs().min()
+    made.discriminator = lambda x_t, t, condition: 1000 * x_t.flatten(1)  # type: ignore[assignment]
+    assert torch.equal(on_the_sample(made, batch, x0, t, eps), on_the_sample(plain, batch, x0, t, eps))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,9 +191,14 @@ def test_levels_and_noises(kind: str, tmp_path: Path):
     assert len({round(v, 6) for n in draws.t for v in draws.t[n].tolist()}) == 2 * len(draws.t)
     # a fake score that never sees the prompt tells real from fake without it
     zero, _ = made_of(tmp_path, kind, fake_train_guidance_scale=0.0)
-    assert batch.condition is not None
-    told, empty = zero.told(batch.condition).tensors, batch.condition.negative
-    assert all(torch.equal(told[k], v.expand_as(told[k])) for k, v in empty.items())
+    asked, told = zero.discriminator, list[Condition]()
+    assert asked is not None
+    zero.discriminator = lambda x_t, t, c: told.append(c) or asked(x_t, t, c)  # type: ignore[assignment]
+    for role in ("student", "fake_score"):
+        list(zero.loss(role, batch, draws, 0))
+    assert [c.size for c in told] == [2, 4]
+    for c in told:
+        assert all(torch.equal(c.tensors[k], v.expand_as(c.tensors[k])) for k, v in c.negative.items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -266,22 +275,29 @@ def test_cost_is_as_declared(changes: dict[str, Any], tmp_path: Path):
         is_as_declared(made, i, seen)
 
 
-def test_the_students_turn_waits_for_the_warm_up(tmp_path: Path):
-    """Before `gan_warmup_steps` the student's loss is as without, while the discriminator learns."""
-    made, batch = made_of(tmp_path, "heads", gan_warmup_steps=3)
-    draws = made.draw(batch, Rngs(0, 0, range(2)), 0, ["student", "fake_score"])
-    for iteration, there in ((2, False), (3, True)):
-        (student,) = made.loss("student", batch, draws, iteration)
+@pytest.mark.parametrize("pairs_alone", [0, 2])
+def test_the_students_turn_waits_for_the_warm_up(pairs_alone: int, tmp_path: Path):
+    """Before `gan_warmup_steps` the student's loss is as without, while the discriminator learns; after those of pairs alone."""
+    pairs = {"method": "dmd", "regression_metric": "squared", "regression_warmup_steps": pairs_alone}
+    made, batch = made_of(tmp_path, "heads", gan_warmup_steps=3, **(pairs if pairs_alone else {}))
+    assert batch.x0 is not None
+    assert batch.condition is not None
+    batch.pairs = Pairs(batch.x0, batch.x0, batch.condition)
+    draws = made.draw(batch, Rngs(0, 0, range(2)), pairs_alone, ["student", "fake_score"])
+    for iteration, there in ((pairs_alone + 2, False), (pairs_alone + 3, True)):
+        student, *_ = made.loss("student", batch, draws, iteration)
         assert ("gan" in student.scalars) is there
         assert len(list(made.loss("fake_score", batch, draws, iteration))) == 2
 
 
 def test_heads_on_tokens(tmp_path: Path):
-    """A transformer's features are tokens; all four of the family's default blocks have a head."""
+    """A transformer's features are tokens; each of the family's default blocks has a head of its own, and all of it learns."""
     made = lora(tmp_path, tiny_stable_diffusion_3(), **(GAN | {"discriminator": "heads"}))
-    assert made.discriminator.heads is not None
-    assert len(made.discriminator.heads.heads) == len(made.fake_score.denoiser.feature_blocks)
-    assert all(p.requires_grad for p in made.discriminator.heads.parameters())
+    batch = prompts_of(made.student.denoiser, PROMPTS)
+    logits = made.discriminator(torch.zeros(2, *batch.shape), torch.tensor([0.5]).expand(2), batch.condition)
+    logits.sum().backward()
+    assert logits.shape == (2, len(made.fake_score.denoiser.feature_blocks))
+    assert all(p.grad is not None and p.grad.any() for p in made.discriminator.heads.parameters())
 
 
 def test_heads_are_made_for_the_size_that_is_trained(tmp_path: Path):

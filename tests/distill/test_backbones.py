@@ -42,7 +42,7 @@ TINY = {
 }
 OF_RECIPES = {
     "FluxPipeline": "black-forest-labs/FLUX.1-dev",
-    "SanaPipeline": "Efficient-Large-Model/Sana_1600M_1024px_diffusers",
+    "SanaPipeline": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
     "StableDiffusionPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "StableDiffusion3Pipeline": "stabilityai/stable-diffusion-3.5-medium",
     "StableDiffusionXLPipeline": "stabilityai/stable-diffusion-xl-base-1.0",

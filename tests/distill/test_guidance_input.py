@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from fewstep.distill.distiller import Pairs
 from fewstep.distill.methods.consistency import Draws
 from fewstep.distill.random import Rngs
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
-from tests.distill.gaussian import PROCESSES, Teacher, calls, method, rows_by_backward, under_training
+from tests.distill.gaussian import PROCESSES, Teacher, calls, lora, method, rows_by_backward, under_training
 from tests.distill.test_consistency import batch_of, jumping, lcm, loss
 from tests.distill.test_distribution_matching import LEVELS, direction, dmd2, prompts_of
+from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
 SHIFT, SCALE = "0.4", 3.0
 
@@ -41,6 +43,40 @@ def test_dmd2(tmp_path: Path):
     one = made.rollout(batch, Rngs(0, 0, range(4)), graph=False)
     torch.testing.assert_close(one, teacher.exact_x0(z, torch.tensor(1.0), 0.4 * SCALE), rtol=1e-4, atol=1e-4)
     assert made.plan(1).embedded_guidance == SCALE
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({"method": "tdm", "steps": [2]}, 2),
+        ({"method": "tdm", "steps": [2], "regression_weight": 1.0}, 3),
+        ({"method": "dmd", "regression_metric": "squared"}, 2),
+    ],
+    ids=["tdm", "tdm with pairs", "dmd"],
+)
+def test_the_student_is_told_the_scale_in_every_call(changes: dict[str, Any], count: int, tmp_path: Path):
+    """On its way, where it is trained, and in a step that pairs hold: what it is told when it samples."""
+    teacher = told("flow")
+    made = method(tmp_path, teacher, guidance_scale=SCALE, **changes)
+    batch = prompts_of(teacher, [SHIFT] * 2)
+    if made.config.regression_weight:
+        z = randn((2, *batch.shape), generators([0, 1]))
+        assert batch.condition is not None
+        batch.pairs = Pairs(z, z, batch.condition, z[:, None])
+    seen: list[Any] = []
+    made.student.denoiser.network.register_forward_hook(lambda network, args, output: seen.append(args[3]))
+    draws = made.draw(batch, Rngs(0, 0, range(2)), 0, ["student"])
+    list(made.loss("student", batch, draws, 0))
+    assert [g if g is None else g.tolist() for g in seen] == [[SCALE] * 2] * count
+
+
+def test_a_unet_that_is_told_nothing_is_told_1(tmp_path: Path):
+    """Unguided, the teacher is told no scale and its fake score 1: as LoRAs at zero they agree to the bit."""
+    pipeline = tiny_stable_diffusion(guidance_input=True)
+    made = lora(tmp_path, pipeline, perturbed=False, method="dmd2", guidance_scale=1.0)
+    batch = prompts_of(made.student.denoiser, PROMPTS * 2)
+    x0, eps = (randn((4, *batch.shape), generators(range(i, i + 4))) for i in (0, 10))
+    assert not direction(made, batch, x0, LEVELS, eps).any()
 
 
 def test_lcm(tmp_path: Path):

@@ -56,6 +56,23 @@ def test_a_checkpoint_between_is_not_credited_with_an_earlier_figure(tmp_path: P
     assert checkpoints(tmp_path) == ["step-000003", "step-000006"]
 
 
+def test_figures_and_previews_are_of_the_moving_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As is what is exported: three figures and two previews of six iterations, while other weights train."""
+    made, seen = Scripted({"student": square}), list[bool]()
+    changes = {"ema_decay": 0.9, "eval_steps": 2, "eval_metrics": ["motion"], "validation_steps": 2}
+    run = scripted(tmp_path, made, validation_prompts=["a cat"], **changes)
+
+    def is_average() -> bool:
+        assert run.average is not None
+        return torch.equal(made.weights["student"], run.average["w"])
+
+    run.judge = lambda student: seen.append(is_average()) or {"eval/motion": 1.0}
+    monkeypatch.setattr(run.record, "preview", lambda *_: seen.append(is_average()))
+    run.run()
+    assert seen == [True] * 5
+    assert not is_average()
+
+
 def test_a_run_ends_after_figures_that_are_no_better(tmp_path: Path):
     """The best at iteration 2, two no better after it: iteration 4 is the last of six, and a resume adds none."""
     changes = {"eval_steps": 1, "eval_metrics": ["motion"], "best_metric": "eval/motion", "early_stopping_patience": 2}

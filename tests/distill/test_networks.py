@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewstep.distill import networks as roles_of_a_run
 from fewstep.distill.distiller import Role
 from fewstep.distill.networks import Networks, average_gradients, require_grad, swapped, update_average
-from fewstep.samplers.adapters import bare
+from fewstep.samplers.adapters import activate, bare
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
@@ -60,6 +60,19 @@ def test_lora_roles_share_one_base_in_memory():
     for role in roles:
         module = bare(role.denoiser.network)
         assert {p.data_ptr() for p in module.parameters()} == set(before).union(*adapters)
+
+
+@pytest.mark.parametrize(("alpha", "factor"), [(8.0, 2), (None, 1)])
+def test_alpha_scales_the_lora(alpha: float | None, factor: int):
+    """A layer adds (alpha / rank) B A x, of rank 4; alpha is the rank where none is given."""
+    student = Networks(denoiser_of(tiny_stable_diffusion()), "lora", rank=4, alpha=alpha).trained("student")
+    perturb(student, 1)
+    activate(bare(student.denoiser.network), "student")
+    key = next(k for k in student.parameters if k.endswith("to_q.lora_A.weight"))
+    down, up = (student.parameters[key.replace("lora_A", half)] for half in ("lora_A", "lora_B"))
+    layer: Any = student.denoiser.network.get_submodule(key.removeprefix("unet.").removesuffix(".lora_A.weight"))
+    x = torch.randn(3, down.shape[1], generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + factor * x @ down.T @ up.T)
 
 
 def test_beside_a_full_student_the_fake_score_is_a_lora_of_the_teacher():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -101,6 +102,20 @@ def test_targets_agree_on_clean_samples(name: str):
     alpha, sigma = noise.levels(t, x_t)
     wanted = (alpha / sigma).square().clamp(max=5) * (noise.x0(output, x_t, t) - x0).square()
     assert torch.allclose(x0_hat_error(output, x_t, x0, xi, t, noise), wanted, rtol=1e-8)
+
+
+def test_the_published_weight():
+    """Flow, output 0, so that x0 is x_t; x0_hat = (1, 1), n = (x_t - (1 - t) x0_hat) / t, and two rows' weights by hand.
+
+    t = 0.5: n = (1, -1), xi = (2, 0), SNR 1, exp((2 - 1) / 2). t = 0.2: n = (2, 0), xi = (1, 1), SNR 16, held at 5,
+    exp((1 - 2) / 2). Elsewhere the means of xi^2 and n^2 are one, and say nothing of the weight.
+    """
+    x_t = torch.tensor([[1.0, 0.0], [1.2, 0.8]]).double().reshape(2, 1, 1, 2)
+    xi = torch.tensor([[2.0, 0.0], [1.0, 1.0]]).double().reshape(2, 1, 1, 2)
+    t = torch.tensor([0.5, 0.2]).double()
+    found = x0_hat_error(torch.zeros_like(x_t), x_t, torch.ones_like(x_t), xi, t, PROCESSES["flow"])
+    high, low = math.exp(0.5), math.exp(-0.5)
+    assert found.flatten().tolist() == pytest.approx([0, high, 5 * 0.04 * low, 5 * 0.04 * low])
 
 
 @pytest.mark.parametrize("name", ALL)

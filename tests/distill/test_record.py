@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 import accelerate.tracking
 import pytest
 import torch
+import yaml
 from accelerate.utils import LoggerType
 from torch import Tensor
 
+from fewstep.distill import checkpoint
 from fewstep.distill.config import TrainConfig
-from fewstep.distill.record import MAY_CHANGE, check_tracker, locked
+from fewstep.distill.record import MAY_CHANGE, check_tracker, locked, refuse_changes
 from fewstep.distill.regression_config import RegressionConfig
 from fewstep.samplers.errors import UserError
-from tests.distill.runs import Scripted, bad, metrics, scripted, square
+from tests.distill.runs import Scripted, bad, config, metrics, scripted, square
 
 
 def test_metrics_hold_the_latest_of_every_role(tmp_path: Path):
@@ -168,6 +171,46 @@ def test_a_folder_where_nothing_was_trained_holds_no_run(tmp_path: Path):
     scripted(tmp_path, Scripted({"student": square}), seed=1)
     assert (tmp_path / "run/config.yaml").is_file()
     scripted(tmp_path, Scripted({"student": square}), seed=2).run()
+
+
+def test_a_run_whose_folder_could_not_be_written_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A disk that is full before the config is written: what stands there is a run's, and not a stranger's."""
+    write = checkpoint.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name == "config.yaml":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_text", full)
+    with pytest.raises(UserError, match="cannot be written"):
+        scripted(tmp_path, Scripted({"student": square}))
+    monkeypatch.undo()
+    scripted(tmp_path, Scripted({"student": square})).run()
+
+
+def test_a_resumed_run_has_the_data_that_it_began_with(tmp_path: Path):
+    """A file of prompts that was written anew is other data under the same name."""
+    run = scripted(tmp_path, Scripted({"student": square}))
+    run.record.same_data(["a", "b"], 2)
+    run.run()
+    again = scripted(tmp_path, Scripted({"student": square}), resume=True).record
+    again.same_data(["a", "b"], 2)
+    for captions, samples in ((["a", "c"], 2), (["a", "b"], 3)):
+        with pytest.raises(UserError, match="run: cannot be resumed with other data"):
+            again.same_data(captions, samples)
+
+
+def test_phases_in_sequence_keep_their_length(tmp_path: Path):
+    settings = config(tmp_path, method="phased_dmd", steps=[2], max_train_steps=4)
+    settings.run_dir.mkdir(parents=True)
+    (settings.run_dir / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    longer = {"max_train_steps": 8}
+    with pytest.raises(UserError, match=r"other values of max_train_steps \(was 4, now 8\)"):
+        refuse_changes(settings.run_dir, settings.model_copy(update=longer))
+    turns = settings.model_copy(update={"phase_order": "alternating"})
+    (settings.run_dir / "config.yaml").write_text(yaml.safe_dump(turns.model_dump(mode="json")))
+    refuse_changes(settings.run_dir, turns.model_copy(update=longer))
 
 
 def test_a_tracker_is_known_and_installed(monkeypatch: pytest.MonkeyPatch):

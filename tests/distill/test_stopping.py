@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewstep.distill import checkpoint, interrupt
-from fewstep.distill.trainer import Interrupted
+from fewstep.distill.trainer import Interrupted, Trainer
 from fewstep.samplers.errors import UserError
 from tests.distill import runs
 from tests.distill.runs import Scripted, bad, metrics, scripted, square
@@ -98,15 +98,31 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert done == []
 
 
-def test_a_signal_in_the_last_iteration_changes_nothing(tmp_path: Path):
+def test_a_signal_in_the_last_iteration_ends_the_run_too(tmp_path: Path):
+    """Else what follows, several students maybe, would go on as if nothing had been said."""
+
     def loss(w: Tensor, draws: Tensor, iteration: int) -> Tensor:
         if iteration == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return square(w, draws, iteration)
 
     run = scripted(tmp_path, Scripted({"student": loss}))
-    run.run()
-    assert run.iteration == 6
+    with pytest.raises(Interrupted, match="stopped at iteration 6 of 6; go on with --resume"):
+        run.run()
+    assert checkpoint.latest(tmp_path / "run/checkpoints")[0] == tmp_path / "run/checkpoints/step-000006"
+
+
+def test_a_signal_while_a_checkpoint_is_written_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = scripted(tmp_path, Scripted({"student": square}), checkpointing_steps=2)
+    saved = Trainer.save
+
+    def save(trainer: Trainer) -> None:
+        saved(trainer)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "save", save)
+    with pytest.raises(Interrupted, match="stopped at iteration 2 of 6"):
+        run.run()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints"])

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewstep.distill.objectives.fake_score import reweighted
 from fewstep.distill.random import Rngs
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
-from tests.distill.exact import LEVELS, SHIFT, Laws, exact, gaussian, levels, moments, on_the_sample, prompts_of
+from tests.distill.exact import LEVELS, SHIFT, Laws, exact, gaussian, levels, moments, on_the_sample, prompts_of, rows
 from tests.distill.gaussian import PROCESSES, Teacher, lora, method
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
@@ -61,10 +60,31 @@ def test_prompts_are_emptied_for_the_fake_score_alone(tmp_path: Path):
     assert torch.equal(plain.rollout(batch, Rngs(0, 0, range(200)), False), draws.x0)
 
 
+def test_prompts_are_emptied_before_the_student_samples(tmp_path: Path):
+    """A share of 0.3 of 200 rows, the same ones for the sample, the student's loss and the fake score's."""
+    teacher = Teacher(PROCESSES["flow"], [0.0], [1.0], side=1)
+    shares = {"prompt_dropout": 0.3, "fake_score_prompt_dropout": 0.0}
+    made = method(tmp_path, teacher, method="swiftbrush", **shares)
+    batch = prompts_of(teacher, [str(SHIFT)] * 200)
+    draws = made.draw(batch, Rngs(0, 0, range(200)), 0, ["student", "fake_score"])
+    shift = draws.conditions["student"].tensors["shift"]
+    assert abs((shift == 0).float().mean() - 0.3) < 0.1
+    assert torch.equal(draws.conditions["fake_score"].tensors["shift"], shift)
+    told = prompts_of(teacher, [str(v) for v in shift.tolist()])
+    assert torch.equal(made.rollout(told, Rngs(0, 0, range(200)), False), draws.x0)
+
+
 def test_the_weight_on_epsilon(tmp_path: Path):
-    """alpha^2 |eps - eps*|^2 of every VP: alpha^4 on the error of v, alpha^2 on epsilon's."""
-    for name, power in (("vp_v_zero_snr", 4), ("vp", 2)):
-        made = exact(tmp_path, name, Laws(), method="swiftbrush")
-        t = torch.tensor([0.4]).double()
-        weight = reweighted(torch.ones(1, 1, 1, 1).double(), t, made.noise, made.config.fake_score_weight).item()
-        assert weight == pytest.approx(made.noise.alpha(t).item() ** power, rel=1e-12)
+    """alpha^2 |eps - eps*|^2 of every VP: alpha^4 on the error of v, alpha^2 on epsilon's; `epsilon` is without alpha^2."""
+    for name, power in (("vp_v_zero_snr", 2), ("vp", 0)):
+        found = {}
+        for weight in ("output", "epsilon", None):  # SwiftBrush's own is alpha_epsilon
+            changes = {"fake_score_weight": weight} if weight else {}
+            made = exact(tmp_path, name, Laws(), method="swiftbrush", **changes)
+            batch, x0, t, eps = rows(made, Laws())
+            assert batch.condition is not None
+            found[weight] = made.denoising(x0, t, eps, batch.condition, None)
+        alpha, _ = made.noise.levels(t, x0)
+        assert found["output"].min() > 1e-6
+        assert torch.allclose(found["epsilon"], alpha**power * found["output"], rtol=1e-12)
+        assert torch.allclose(found[None], alpha ** (power + 2) * found["output"], rtol=1e-12)

@@ -173,10 +173,14 @@ def test_each_loss_reaches_its_own_role_alone(kind: str, tmp_path: Path):
             p.grad = None
 
 
-def test_levels_are_those_of_the_rows_own_step(tmp_path: Path):
-    """Student: from the margin above where the step ends up to its start; fake score: all of the step. Steps uniform."""
+@pytest.mark.parametrize(("margin", "least"), [(0.05, 0.02), (0.0, 0.1)])
+def test_levels_are_those_of_the_rows_own_step(margin: float, least: float, tmp_path: Path):
+    """Student: from the margin above where the step ends up to its start, none below `min_level`; fake score: all of the step.
+
+    Steps uniform.
+    """
     teacher = Teacher(PROCESSES["flow_shifted"], [0.0], [1.0], side=1)
-    made = method(tmp_path, teacher, method="tdm", level_margin=0.05)
+    made = method(tmp_path, teacher, method="tdm", level_margin=margin, min_level=least)
     draws = made.draw(prompts_of(teacher, [""] * 400), Rngs(0, 0, range(400)), 0, ["student", "fake_score"])
     at = draws.point
     assert at is not None
@@ -184,9 +188,9 @@ def test_levels_are_those_of_the_rows_own_step(tmp_path: Path):
     assert (counts - 100).abs().max() < 35  # four deviations
     assert torch.allclose(at.start - at.to, torch.tensor(0.25))
     places = []
-    for role, margin in (("student", 0.05), ("fake_score", 0.0)):
+    for role, low, top in (("student", (at.to + margin).clamp(min=least), 0.98), ("fake_score", at.to, 1.0)):
         u = made.noise.unshift(draws.t[role])
-        low, high = at.to + margin, at.start.clamp(max=0.98 if role == "student" else 1.0)
+        high = at.start.clamp(max=top)
         share = (u - low) / (high - low)
         assert share.min().item() == pytest.approx(0, abs=0.02)
         assert share.max().item() == pytest.approx(1, abs=0.02)

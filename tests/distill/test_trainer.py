@@ -9,8 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.optimization import get_piecewise_constant_schedule
+from diffusers.optimization import (
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_piecewise_constant_schedule,
+)
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Losses
@@ -161,6 +166,17 @@ def test_rates_by_rules_are_those_of_diffusers(tmp_path: Path):
     assert [0.3 * settings.rate(i) for i in range(12)] == pytest.approx(found)
     warm = settings.model_copy(update={"lr_warmup_steps": 8})
     assert 0.3 * warm.rate(5) == pytest.approx(found[5] * 6 / 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "build"), [("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)]
+)
+def test_rates_that_fall_are_those_of_diffusers(name: str, build: Callable[..., LambdaLR], tmp_path: Path):
+    """From 1 at first to 0 after the last iteration. Without a warm-up: diffusers' puts the fall off, ours multiplies it."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    (wanted,) = build(optimizer, 0, 6).lr_lambdas
+    settings = config(tmp_path, lr_scheduler=name, max_train_steps=6)
+    assert [settings.rate(i) for i in range(7)] == pytest.approx([wanted(i) for i in range(7)])
 
 
 def test_roles_have_their_own_rates(tmp_path: Path):

@@ -183,6 +183,19 @@ def test_density_ratio():
     r = density_ratio(torch.where(t < 0.5, 1.0, 2.0)[:, None], t)
     assert torch.allclose(r, torch.ones(32))  # each half by itself
     assert not torch.allclose(density_ratio(torch.where(t < 0.5, 1.0, 2.0)[:, None], t, bins=1), torch.ones(32))
+    rising, order = torch.linspace(-1, 1, 32)[:, None], torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(density_ratio(rising[order], t[order]), density_ratio(rising, t)[order])  # in any order
+    raw = rising[:31, 0].exp()
+    assert torch.allclose(density_ratio(rising[:31], t[:31]), raw / raw.mean())  # of 31 no half has 16
+
+
+def test_the_exact_forms_push_is_bounded():
+    """kl at r = 1, nu = 1, four elements of delta = 1: 2 <delta, eta> = 8 eta is 24, -24 and 4; d is -2 + at most 10."""
+    fake = torch.tensor([3.0, -3.0, 0.5])[:, None].expand(3, 4)
+    x0 = torch.zeros(3, 4, requires_grad=True)
+    value = uni_instruct(x0, fake + 1, fake, weights(torch.ones(3), "kl"), torch.ones(3, 1), exact=True)
+    (found,) = torch.autograd.grad(value.sum(), x0)
+    assert torch.allclose(found, torch.tensor([8.0, -12.0, 2.0])[:, None].expand(3, 4))
 
 
 # in the method
