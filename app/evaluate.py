@@ -150,6 +150,8 @@ class Evaluation:
         else:  # whether a folder has prompts is seen when it is read
             given |= {"prompts", "variants"}
         check(self.names, given, self.prompts.name)
+        if (path := self.request.reference) not in (None, "teacher") and not Path(path).exists():
+            raise UserError(f"--reference {path}: neither a folder of images, nor a .npz of mu and sigma, nor teacher")
         if self.request.reference == "teacher" and not self.sampled:
             raise UserError("--reference teacher: folders of images have no teacher; name a pipeline or a student too")
         for name in self.names if self.sampled else []:
@@ -293,6 +295,9 @@ class Evaluation:
             found = {n: found[n] for n in self.names if n in found}
             row.row["metrics"] = {k: {"value": finite(v), "stderr": finite(e)} for k, (v, e) in found.items()}
             row.scores = seen.scores
+            if not found:
+                wanted = "those of the embedded drawings need their prompts" if set(self.names) & set(DRAWINGS) else ""
+                notes = [*notes, f"none of the figures suits it{wanted and '; ' + wanted}; --metrics names others"]
             self._note(row, notes)
             cost = row.row["seconds_per_image"]
             said = "" if cost is None else f", {cost:.3f} s an image"

@@ -8,7 +8,7 @@ from pathlib import Path
 from fewstep.distill.evaluation import revisions, student_folder
 from fewstep.samplers.errors import UserError, reason
 from fewstep.samplers.hub import is_hub_id
-from fewstep.samplers.load import load, load_student
+from fewstep.samplers.load import family, load, load_student
 from fewstep.samplers.manifest import check_weights, holds_lora, read_manifest
 from fewstep.samplers.student import PEFT, adapter_of, replacing, save_peft, save_student
 
@@ -109,4 +109,10 @@ def _peft(folder: Path, out: Path, revision: str | None, variant: str | None) ->
                 save_peft(new if len(networks) == 1 else new / name, *adapter_of(network))
     else:
         raise UserError(f"{folder}: is a full student, without a LoRA; --format diffusers copies it")
-    return [f"{out}: loads with peft.PeftModel.from_pretrained(network, {str(out)!r})"]
+    manifest = read_manifest(folder)
+    parts = sorted(p.parent.name for p in out.glob("*/adapter_config.json"))  # of several networks
+    of = [(name, out / name) for name in parts] or [(family(manifest.pipeline).network_names[0], out)]
+    return [
+        *(f"{part}: loads with peft.PeftModel.from_pretrained(pipe.{name}, {str(part)!r})" for name, part in of),
+        f"pipe is a pipeline of {manifest.base}; scheduler and timesteps are on the student's card, {folder / 'README.md'}",
+    ]

@@ -60,8 +60,8 @@ def train(
 ) -> None:
     """Train a student.
 
-    The run is written to runs/NAME: checkpoints, previews, the student, and a report that compares it with its
-    teacher. Ctrl-C saves a checkpoint.
+    The run is written to runs/NAME: checkpoints, previews, the student, and with report_num=N a report that compares
+    N images of it with its teacher's. Ctrl-C saves a checkpoint.
 
     On several devices: accelerate launch -m fewstep.distill CONFIG, or torchrun --nproc_per_node 2 -m fewstep.distill
     CONFIG

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from fewstep.distill.captions import read_captions
 from fewstep.distill.evaluation import Sampler, Teacher, revisions, student_folder, student_sampler
 from fewstep.distill.sources import valid
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import dtypes, load_student, resolve, student_in
-from fewstep.samplers.manifest import read_manifest
+from fewstep.samplers.load import dtypes, load_student, parts, resolve, student_in
+from fewstep.samplers.manifest import MANIFEST, read_manifest
 
 ANIMATED = (".gif", ".webp")
 
@@ -33,6 +34,12 @@ def sampler_of(
     """A student by its own plan, or a pipeline by a stock scheduler; revision and variant are the pipeline's or the base's."""
     revision = revisions([source], revision)[source]
     if student_folder(source) is None:
+        for lora in parts(source)[1]:
+            if (Path(lora) / MANIFEST).is_file():
+                print(
+                    f"note: {lora} is a student of fewstep: here its LoRA alone, without its plan; sample {lora}",
+                    file=sys.stderr,
+                )
         teacher = Teacher(source, revision, variant, loading=dtypes(dtype))
         return teacher.sampler(steps, guidance, scheduler, timesteps=timesteps, eta=eta)
     for option, value in (("--scheduler", scheduler), ("--timesteps", timesteps), ("--eta", eta)):
@@ -83,11 +90,11 @@ def sample(
         raise UserError(f"--out {out}: a folder; name a file in it")
     sampler = sampler_of(source, steps, guidance, scheduler, timesteps, revision, variant, dtype, eta)
     every = [(p, seed + j) for p in prompts for j in range(n)]
-    parts = []
+    drawn = []
     for i in range(0, len(every), batch_size):
         batch = every[i : i + batch_size]
-        parts.append(sampler.images([p for p, _ in batch], [s for _, s in batch]))
-    images = (torch.cat(parts) * 255).round().to(torch.uint8)
+        drawn.append(sampler.images([p for p, _ in batch], [s for _, s in batch]))
+    images = (torch.cat(drawn) * 255).round().to(torch.uint8)
     if out.suffix.lower() in ANIMATED and images.ndim == 5:
         save_clips(images, n, out, sampler.frames_per_second)
     else:

@@ -21,6 +21,8 @@ def stats(folder: str, out: Path, space: str, batch_size: int, weights: Weights)
         raise UserError(f"--out {out}: must end in .npz")
     if space not in (known := SPACES + CLIP_SPACES):
         raise UserError(f"--space {space}: unknown; known: {', '.join(known)}")
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder")
     what = "clip" if space in CLIP_SPACES else "image"
     with refusals():
         features, files, read = readable(Judges(weights, device()), space, folder)

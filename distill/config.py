@@ -125,7 +125,7 @@ def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str]
         ConfigError: all mistakes at once.
     """
     if isinstance(config, Mapping):
-        where, values = "config", dict(config)
+        where, values = "config", {k: str(v) if isinstance(v, Path) else v for k, v in config.items()}
     else:
         path = find(config)
         where = str(config)

@@ -88,7 +88,7 @@ METRICS: dict[str, Metric] = {
             ("clip_emoji", "does the drawing follow its caption", "higher"),
             ("background_accuracy", "share with the colour asked for", "higher"),
             ("category_accuracy", "share with a drawing that the caption allows", "higher"),
-            ("coverage", "share of a caption's drawings that are found", "higher"),
+            ("coverage", "drawings of a caption that are found, over as many as real pictures show", "higher"),
             ("blends", "share near to no drawing", "lower"),
             ("diversity", "distance of the judge's features within a prompt", "higher"),
         )

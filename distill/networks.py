@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fewstep.distill.distiller import Role
 from fewstep.distill.sharding import is_part
@@ -212,7 +213,7 @@ def average_gradients(accelerator: Accelerator, parameters: Sequence[nn.Paramete
 def update_average(average: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float) -> None:
     """average <- decay average + (1 - decay) parameters, in place."""
     keys = list(average)
-    torch._foreach_lerp_([average[k] for k in keys], [parameters[k].detach() for k in keys], 1 - decay)
+    get_ema_multi_avg_fn(decay)([average[k] for k in keys], [parameters[k].detach() for k in keys], 0)
 
 
 @contextmanager

@@ -59,14 +59,13 @@ def strategies(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, Tr
         yield kind, f"checkpointing, FSDP over {devices}", whole, True, devices
 
 
-def plan(config: TrainConfig, memory: str | None = None, devices: int = 8, base: Denoiser | None = None) -> str:
+def plan(config: TrainConfig, memory: str | None = None, devices: int = 8) -> str:
     """A table of strategies, what fits, and how activations are estimated.
 
     Args:
         config: the run's.
         memory: of one device, e.g. `24GiB`; default: that of this machine's GPU, if it has one.
         devices: that the sharded rows count with.
-        base: the teacher on the meta device, instead of the config's.
 
     Raises:
         UserError, ConfigError: what is wrong, in one line.
@@ -76,7 +75,7 @@ def plan(config: TrainConfig, memory: str | None = None, devices: int = 8, base:
     limit = limit_of(memory)
     if devices < 2:
         raise ConfigError(f"--devices {devices}: of the sharded rows; must be 2 or more")
-    base = skeleton(config.teacher, config.revision) if base is None else base
+    base = skeleton(config.teacher, config.revision)
     base = base.at(base.latent_shape(config.height, config.width, config.num_frames))
     found: dict[str, tuple[Need | str, TrainConfig, bool, int]] = {}
     made: dict[str, Distiller | str] = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -32,11 +32,14 @@ from fewstep.distill.record import Record, check_tracker, locked, pixels_shape
 from fewstep.distill.student_start import said, starts_of, student_start
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
-from fewstep.samplers.load import class_of, family, load, parts, resolve
-from fewstep.samplers.manifest import holds_lora
+from fewstep.samplers.load import class_of, denoiser_of, family, load, parts, resolve
 from fewstep.samplers.skeleton import networks as networks_alone
 from fewstep.samplers.stock import stock
-from fewstep.samplers.student import Manifest, fingerprint, save_student
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+from fewstep.samplers.manifest import Manifest, fingerprint, holds_lora
+from fewstep.samplers.student import save_student
 
 
 def refuse(config: TrainConfig) -> None:
@@ -109,7 +112,7 @@ def networks_of(config: TrainConfig, teacher: Denoiser) -> Networks:
 def train(
     config: TrainConfig | Mapping[str, Any] | str | Path,
     resume: bool = False,
-    teacher: Denoiser | None = None,
+    teacher: Denoiser | DiffusionPipeline | None = None,
     data: DataSet | None = None,
 ) -> Path:
     """Train a student and write the run's folder.
@@ -117,7 +120,8 @@ def train(
     Args:
         config: a checked config, a mapping, a path, or the name of a shipped one.
         resume: continue from the newest whole checkpoint, if there is one.
-        teacher: a denoiser already in memory, instead of the config's.
+        teacher: a pipeline, or a denoiser around one, already in memory, instead of loading the config's. That is still
+            the name by which the student finds its base again: where the pipeline lies, or will.
         data: a data set, instead of the config's.
 
     Returns:
@@ -128,6 +132,8 @@ def train(
     """
     if not isinstance(config, TrainConfig):
         config = load_config(config)
+    if teacher is not None and not isinstance(teacher, Denoiser):
+        teacher = denoiser_of(teacher)
     if (parts := getattr(config, "parts", 1)) > 1:
         from fewstep.distill.msd import train_parts
 

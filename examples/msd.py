@@ -8,6 +8,7 @@ FILE holds a prompt a line; no image is needed. `parts` goes with any method of 
 import sys
 
 from fewstep.distill import load_config, train
+from fewstep.distill.console import answer
 
 config = {
     "method": "dmd2",
@@ -29,4 +30,4 @@ config = {
 }
 
 if __name__ == "__main__":
-    print("student:", train(load_config(config, sys.argv[1:])) / "student")
+    sys.exit(answer(lambda: print("student:", train(load_config(config, sys.argv[1:])) / "student")))

@@ -8,6 +8,7 @@ FILE holds a prompt a line; no clip is needed.
 import sys
 
 from fewstep.distill import load_config, train
+from fewstep.distill.console import answer
 
 config = {
     "method": "phased_dmd",
@@ -30,4 +31,4 @@ config = {
 }
 
 if __name__ == "__main__":
-    print("student:", train(load_config(config, sys.argv[1:])) / "student")
+    sys.exit(answer(lambda: print("student:", train(load_config(config, sys.argv[1:])) / "student")))

@@ -8,6 +8,7 @@ What it makes is a whole pipeline folder, and can be the `teacher` of the other 
 import sys
 
 from fewstep.distill import load_config, train
+from fewstep.distill.console import answer
 
 config = {
     "method": "pretrain",
@@ -27,4 +28,4 @@ config = {
 }
 
 if __name__ == "__main__":
-    print("pipeline:", train(load_config(config, sys.argv[1:])) / "student")
+    sys.exit(answer(lambda: print("pipeline:", train(load_config(config, sys.argv[1:])) / "student")))

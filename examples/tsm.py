@@ -8,6 +8,7 @@ Then, for one: fewstep train dmd2/sd15 prompts=FILE student_init=runs/small-sd15
 import sys
 
 from fewstep.distill import load_config, train
+from fewstep.distill.console import answer
 
 config = {
     "method": "tsm",
@@ -27,4 +28,4 @@ config = {
 }
 
 if __name__ == "__main__":
-    print("pipeline:", train(load_config(config, sys.argv[1:])) / "student")
+    sys.exit(answer(lambda: print("pipeline:", train(load_config(config, sys.argv[1:])) / "student")))

@@ -8,6 +8,7 @@ FOLDER holds images, each with a caption in a .txt file of the same name: best, 
 import sys
 
 from fewstep.distill import load_config, train
+from fewstep.distill.console import answer
 
 config = {
     "method": "uni_instruct",
@@ -28,4 +29,4 @@ config = {
 }
 
 if __name__ == "__main__":
-    print("student:", train(load_config(config, sys.argv[1:])) / "student")
+    sys.exit(answer(lambda: print("student:", train(load_config(config, sys.argv[1:])) / "student")))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.noise import EDM, Discrete, Flow, NoiseProcess, TrigFlow
+from fewstep.samplers.noise import Discrete, Flow, NoiseProcess, TrigFlow
 
 
 def from_config(config: Mapping[str, Any], sequence_length: int | None = None) -> NoiseProcess:
@@ -26,7 +26,7 @@ def from_config(config: Mapping[str, Any], sequence_length: int | None = None) -
     if name == "SCMScheduler":
         return TrigFlow()
     if name.startswith("EDM"):
-        return EDM(config.get("prediction_type", "sample"), config["sigma_max"], config["rho"])
+        raise UserError(f"scheduler {name}: it scales the network's inputs and outputs, which is not supported")
     if is_flow(name, config):
         return Flow(_shift_factor(config, sequence_length), config.get("num_train_timesteps", 1000))
     if "beta_schedule" in config:
@@ -34,9 +34,7 @@ def from_config(config: Mapping[str, Any], sequence_length: int | None = None) -
             raise UserError(f"{name}: dynamic thresholding is not supported; set thresholding to false")
         clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None
         return Discrete(_alphas_cumprod(config), config.get("prediction_type", "epsilon"), clip)
-    raise UserError(
-        f"scheduler {name or dict(config)}: no noise process known for it; known: DDPM-like, flow, EDM, SCM"
-    )
+    raise UserError(f"scheduler {name or dict(config)}: no noise process known for it; known: DDPM-like, flow, SCM")
 
 
 def from_scheduler(scheduler: Any, sequence_length: int | None = None) -> NoiseProcess:

@@ -26,15 +26,13 @@ from fewstep.samplers.card import card
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import resolve
-from fewstep.samplers.manifest import MANIFEST, Manifest, fingerprint, holds_lora, read_manifest, weight_files
+from fewstep.samplers.manifest import MANIFEST, Manifest, holds_lora, weight_files
 from fewstep.samplers.stock import stock
-
-__all__ = ["Manifest", "fingerprint", "fused", "read_manifest", "save_student"]
 
 PEFT = "peft"
 
 
-def save_student(folder: Path, student: Denoiser, manifest: Manifest, config: str | None = None) -> None:
+def save_student(folder: Path, student: Denoiser, manifest: Manifest) -> None:
     """Write the artifact: LoRA weights or a whole pipeline, the scheduler, the manifest and the model card.
 
     What stands in `folder` is replaced at the end; a write that fails leaves it as it was.
@@ -43,7 +41,6 @@ def save_student(folder: Path, student: Denoiser, manifest: Manifest, config: st
         folder: a run's `student`, or another.
         student: of a LoRA either the adapter's view of a shared base, or networks that have no other adapter.
         manifest: what it says of itself.
-        config: the YAML that the card shows; default: the run's, beside its `student`.
 
     Raises:
         UserError: for a plan that no stock scheduler expresses, and where the folder cannot be written.
@@ -55,8 +52,7 @@ def save_student(folder: Path, student: Denoiser, manifest: Manifest, config: st
         raise UserError(f"height, width: {manifest.pipeline} samples at its own size alone, {student.pixels()}")
     manifest = manifest.model_copy(update={"base": single_file.absolute(manifest.base)})
     record = folder.parent / "config.yaml"
-    if config is None and folder.name == "student" and record.is_file():
-        config = record.read_text()
+    config = record.read_text() if folder.name == "student" and record.is_file() else None
     loads = student.takes_lora and not holds_lora(resolve(manifest.base))
     if student.phase_ends and not loads:
         raise UserError(f"{folder}: phases are LoRAs of one pipeline; {manifest.base} is none that loads them")

@@ -277,11 +277,9 @@ class Denoiser(ABC):
         """
         return self._guided(self.x0, x_t, t, condition, scale, told)
 
-    def guided_predict(
-        self, x_t: Tensor, t: Tensor, condition: Condition, scale: float | Tensor, told: Tensor | None = None
-    ) -> Tensor:
+    def guided_predict(self, x_t: Tensor, t: Tensor, condition: Condition, scale: float | Tensor) -> Tensor:
         """The same of the raw prediction, of which x0 is an affine function at each level."""
-        return self._guided(self.predict, x_t, t, condition, scale, told)
+        return self._guided(self.predict, x_t, t, condition, scale, None)
 
     def _guided(
         self,

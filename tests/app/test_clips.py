@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import imageio_ffmpeg
 import numpy as np
 import torch
 
-from fewstep.app.clips import ffmpeg, save_mp4
+from fewstep.app.clips import save_mp4
 
 
 def frames(path: Path) -> tuple[dict[str, Any], np.ndarray]:
     """What an MP4 says of itself, and its frames (F, H, W, 3)."""
-    reader = ffmpeg().read_frames(str(path))
+    reader = imageio_ffmpeg.read_frames(str(path))
     meta = next(reader)
     width, height = meta["size"]
     return meta, np.stack([np.frombuffer(f, np.uint8).reshape(height, width, 3) for f in reader]).astype(int)

@@ -35,7 +35,7 @@ def evaluated(setting: Setting) -> dict[str, Any]:
 
 
 def test_figures_are_those_of_the_images_on_disk(evaluated: dict[str, Any], setting: Setting):
-    """Computed again from the files, each by the library's plainest function."""
+    """Computed again from the files, each by the library's plainest function; an error is over prompts, not over images."""
     from fewstep.distill.prompt_sets import prompt_set
     from fewstep.metrics.clip import Clip
     from fewstep.metrics.features import extract
@@ -69,6 +69,7 @@ def test_figures_are_those_of_the_images_on_disk(evaluated: dict[str, Any], sett
     }
     found = values(one)
     assert {name: found[name] for name in want} == pytest.approx(want, rel=1e-5)
+    assert one["metrics"]["psnr_to_teacher"]["stderr"] == pytest.approx(psnr(few, many, prompts.groups)[1], rel=1e-5)
     assert 1 < found["vendi"] < 2  # of two images
     assert found["vendi_ratio"] == pytest.approx(found["vendi"] / values(target)["vendi"], rel=1e-9)
 
@@ -133,12 +134,13 @@ def test_killed_it_goes_on_and_the_figures_are_those_of_an_uninterrupted_run(
     assert [f.read_bytes() for f in images_of(out, "1-step")] == [f.read_bytes() for f in whole]
 
 
-def test_other_settings_have_images_of_their_own(setting: Setting, tmp_path: Path):
-    """Another seed draws other images and leaves the first ones where they were; the first seed finds them again."""
+@pytest.mark.parametrize("other", [("--seed", 5), ("--guidance-scale", 3)])
+def test_other_settings_have_images_of_their_own(setting: Setting, tmp_path: Path, other: tuple[str, int]):
+    """Another one draws other images and leaves the first ones where they were; the first one finds them again."""
     out = tmp_path / "report.json"
     found = []
-    for seed in (0, 5, 0):
-        assert run(*setting.command(out, "pixel_distance", "--seed", seed)).code == 0
+    for more in ((), other, ()):
+        assert run(*setting.command(out, "pixel_distance", *more)).code == 0
         found.append(values(json.loads(out.read_text())["rows"][0])["pixel_distance"])
     folders = sorted(out.with_suffix(".images").glob("*/*"))
     assert len(folders) == 2
@@ -164,9 +166,11 @@ def test_two_processes_give_the_figures_of_one(evaluated: dict[str, Any], settin
             assert figure["stderr"] == pytest.approx(want["metrics"][name]["stderr"], rel=1e-6)
 
 
-@pytest.mark.parametrize("changed", ["vae", "scheduler"])
-def test_images_of_a_pipeline_that_changed_are_drawn_anew(setting: Setting, tmp_path: Path, changed: str):
-    """Its autoencoder or its scheduler's settings: the networks that are called are the same."""
+@pytest.mark.parametrize(
+    ("changed", "layer"), [("unet", "conv_out.bias"), ("vae", "decoder.conv_out.bias"), ("scheduler", "")]
+)
+def test_images_of_a_pipeline_that_changed_are_drawn_anew(setting: Setting, tmp_path: Path, changed: str, layer: str):
+    """Its network, as of a student that was trained again, its autoencoder, or its scheduler's settings."""
     from safetensors.torch import load_file, save_file
 
     source = Path(shutil.copytree(setting.teacher, tmp_path / "z"))
@@ -175,11 +179,9 @@ def test_images_of_a_pipeline_that_changed_are_drawn_anew(setting: Setting, tmp_
     before = {f: f.stat().st_mtime_ns for f in out.with_suffix(".images").rglob("*.png")}
     assert run(*setting.command(out, "pixel_distance", source=source)).code == 0
     assert {f: f.stat().st_mtime_ns for f in out.with_suffix(".images").rglob("*.png")} == before
-    if changed == "vae":
-        file = source / "vae/diffusion_pytorch_model.safetensors"
-        save_file(
-            {k: v + 0.5 * (k == "decoder.conv_out.bias") for k, v in load_file(file).items()}, file, {"format": "pt"}
-        )
+    if layer:
+        file = source / changed / "diffusion_pytorch_model.safetensors"
+        save_file({k: v + 0.5 * (k == layer) for k, v in load_file(file).items()}, file, {"format": "pt"})
     else:
         file = source / "scheduler/scheduler_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.02}))
@@ -237,6 +239,26 @@ def test_fid_of_a_folder_to_a_file_of_statistics(
         assert values(row) == pytest.approx(want, rel=1e-5)
         assert report["networks"]["inception"].startswith("inception-2048-tf1")
     assert f"| {folder.name}, 4 images | -   | -       |" in out.with_suffix(".md").read_text()
+
+
+def test_kid_is_of_subsets_as_published(monkeypatch: pytest.MonkeyPatch):
+    """Of torch-fidelity's size where both sets have so many images, and else of all in the smaller one."""
+    from torch_fidelity.defaults import DEFAULTS
+
+    from fewstep.distill.judges import Judges
+    from fewstep.distill.metric_names import Weights
+    from fewstep.distill.seen import Seen, figures
+    from fewstep.metrics.features import Kept
+
+    def seen(n: int) -> Seen:
+        kept = Kept()
+        kept.update(torch.zeros(n, 1))
+        return Seen(kept={"inception": kept})
+
+    monkeypatch.setattr("fewstep.metrics.mmd.kid", lambda x, y, size: (size, 0.0))  # the size it is asked for
+    for n, m, size in ((30, 1200, 30), (1200, 30, 30), (1100, 1200, DEFAULTS["kid_subset_size"])):
+        found, _ = figures(["kid"], seen(n), Judges(Weights()), reference=seen(m))
+        assert found == {"kid": (size, 0.0)}
 
 
 def test_the_teacher_as_reference(setting: Setting, tmp_path: Path):

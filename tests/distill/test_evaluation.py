@@ -33,7 +33,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
 
 
 def manifest(**changes: object) -> Manifest:
-    base = {"base": "x", "pipeline": "StableDiffusionPipeline", "fingerprint": "x", "method": "lcm", "kind": "full"}
+    base = {
+        "base": "x",
+        "pipeline": "StableDiffusionPipeline",
+        "fingerprint": "0" * 16 + "-" + "A" * 342 + "==",
+        "method": "lcm",
+        "kind": "full",
+    }
     return Manifest.model_validate(base | changes)
 
 

@@ -18,6 +18,7 @@ from fewstep.distill.in_training import InTraining, steps_of
 from fewstep.distill.prompt_sets import prompt_set
 from fewstep.metrics.pixels import mean_distance
 from fewstep.samplers.condition import Condition
+from fewstep.samplers.manifest import fingerprint_of
 from fewstep.samplers.plan import uniform_plan
 from tests.distill.runs import Scripted, config, metrics, scripted, square
 
@@ -85,7 +86,8 @@ def test_a_run_ends_after_figures_that_are_no_better(tmp_path: Path):
     assert not again.record.finished()
     (tmp_path / "run" / "student").mkdir()
     save_file({"w": torch.zeros(1)}, tmp_path / "run" / "student" / "w.safetensors")
-    said = {"base": "b", "pipeline": "P", "fingerprint": "f", "method": "dmd2", "kind": "full", "plans": {}}
+    mark, plans = fingerprint_of({"w": torch.nn.Linear(1, 1)}), {1: uniform_plan(1).model_dump()}
+    said = {"base": "b", "pipeline": "P", "fingerprint": mark, "method": "dmd2", "kind": "full", "plans": plans}
     for made, finished in ((3, False), (4, True)):
         (tmp_path / "run" / "student" / "fewstep.json").write_text(json.dumps(said | {"iteration": made}))
         assert again.record.finished() is finished

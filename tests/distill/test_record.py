@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import accelerate.tracking
 import pytest
@@ -19,6 +20,7 @@ from fewstep.distill.config import TrainConfig
 from fewstep.distill.record import MAY_CHANGE, check_tracker, locked, refuse_changes
 from fewstep.distill.regression_config import RegressionConfig
 from fewstep.samplers.errors import UserError
+from tests.distill.gaussian import PROCESSES, Teacher, method, under_training
 from tests.distill.runs import Scripted, bad, config, metrics, scripted, square
 
 
@@ -64,6 +66,28 @@ def test_a_metric_that_nobody_logs_is_refused_at_the_first_line(tmp_path: Path):
     with pytest.raises(UserError, match="best_metric student/los: never logged; logged: student/grad_norm, student/l"):
         run.run()
     assert run.iteration == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"method": "dmd2", "guidance_scale": 2.0}, 2.0),
+        ({"method": "dmd2", "guidance_scale": 2.0, "validation_guidance_scale": 3.0}, 3.0),
+        ({"method": "pretrain"}, 1.0),
+    ],
+)
+def test_the_previews_teacher_is_guided_as_in_training(
+    changes: dict[str, Any], wanted: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Unless `validation_guidance_scale` says another; the student's rows need none."""
+    teacher = Teacher(PROCESSES["flow"], [0.7], [0.5])
+    made = method(tmp_path, teacher, **changes)
+    record = under_training(tmp_path, made, teacher, ["0.4"]).record
+    record.previews(teacher, teacher.encode(["0.4"]))
+    scales, guided = list[float](), teacher.guided_x0
+    monkeypatch.setattr(teacher, "guided_x0", lambda *args: scales.append(args[3]) or guided(*args))
+    record.preview(made, made.student.denoiser, 1)
+    assert scales == [wanted] * 20
 
 
 def test_resume_without_a_whole_checkpoint_starts_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -15,8 +15,9 @@ from fewstep.distill.networks import Networks
 from fewstep.samplers.card import PROMPTS
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import load
+from fewstep.samplers.manifest import Manifest, fingerprint
 from fewstep.samplers.plan import SamplingPlan, Step, plan_of_levels, sample, uniform_plan
-from fewstep.samplers.student import Manifest, fingerprint, save_student
+from fewstep.samplers.student import save_student
 from tests.pipelines import (
     tiny_classes,
     tiny_ddpm,

@@ -12,7 +12,8 @@ import yaml
 from torch import Tensor
 
 from fewstep.samplers.denoisers.base import Denoiser
-from fewstep.samplers.student import read_manifest, save_student
+from fewstep.samplers.manifest import read_manifest
+from fewstep.samplers.student import save_student
 from tests.samplers.students import CASES, Saved, latents, snippet_of
 from tests.strangers import run
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
+from fewstep.samplers.noise import Flow
+from tests.closed_form import GaussianTeacher
 from tests.pipelines import PROMPTS, tiny_wan
 from tests.samplers.families import FAMILIES, PROMPTED, SIZE, family, inputs
 
@@ -132,6 +134,15 @@ def test_wan_takes_a_time_per_frame():
         row = slice(i, i + 1)
         alone = denoiser.networks[network](x[row], tokens[row], condition.tensors["encoder_hidden_states"][row])
         torch.testing.assert_close(mixed[row], alone.sample, rtol=1e-4, atol=1e-5)
+
+
+def test_the_noisiest_frame_picks_the_phase():
+    """Whichever it is; a phase ends at 0.5, which the shift of 3 takes to 0.75."""
+    denoiser = GaussianTeacher(Flow(3.0))
+    phased = denoiser.phased([denoiser.network] * 2, [0.5])
+    frames = torch.tensor([[0.8, 0.2], [0.7, 0.2], [0.2, 0.8]])
+    rows = phased.sides(phased.noise.model_time(frames))
+    assert {name: of.tolist() for name, of in rows.items()} == {"phase_1": [0, 2], "phase_2": [1]}
 
 
 # images

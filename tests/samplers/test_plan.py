@@ -171,11 +171,14 @@ def test_start_end_and_callback():
 
 
 def test_the_told_time_reaches_the_network_and_not_the_conversion():
-    """Flow, x at t = 1 told 0.6: x0 = x - 1 * v(x, 0.6) with v = (x - x0(x, 0.6)) / 0.6."""
-    teacher = GaussianTeacher(Flow(), 0.7, 0.5)
+    """Flow, x at t = 1 told 0.6 before a shift of 3, 3 * 0.6 / (1 + 2 * 0.6) = 9 / 11 after it:
+
+    x0 = x - 1 * v(x, 9 / 11) with v = (x - x0(x, 9 / 11)) / (9 / 11).
+    """
+    teacher = GaussianTeacher(Flow(3.0), 0.7, 0.5)
     z = randn((1, 1, 1, 1), generators([0]))
     got = sample(teacher, teacher.encode([""]), SamplingPlan(steps=(Step(level=1, to=0, told=0.6),)), [0])
-    v = (z - teacher.exact_x0(z, torch.tensor(0.6))) / 0.6
+    v = (z - teacher.exact_x0(z, torch.tensor(9 / 11))) / (9 / 11)
     torch.testing.assert_close(got, z - v)
 
 
