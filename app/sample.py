@@ -35,7 +35,7 @@ def sampler_of(
     revision = revisions([source], revision)[source]
     if student_folder(source) is None:
         for lora in parts(source)[1]:
-            if (Path(lora) / MANIFEST).is_file():
+            if (Path(lora.rpartition("*")[0] or lora) / MANIFEST).is_file():
                 print(
                     f"note: {lora} is a student of fewstep: here its LoRA alone, without its plan; sample {lora}",
                     file=sys.stderr,

@@ -58,8 +58,8 @@ def _run(action: Callable[[], Any], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         said = str(error)
-        if (start := next((said.find(t) for t in TOLD_BY_TEXT if t in said), None)) is not None:
-            said = said[start:].partition("\n")[0]
+        if isinstance(error, RuntimeError) and (found := [said.find(t) for t in TOLD_BY_TEXT if t in said]):
+            said = said[found[0] :].partition("\n")[0]
         if isinstance(error, OSError) and error.filename is not None:  # no permission, a name that is too long
             said = f"{str(error.filename)[:200]}: {error.strerror}"
         for line in said.splitlines() or [type(error).__name__]:

@@ -164,6 +164,7 @@ def train_parts(config: TrainConfig, parts: int, resume: bool = False, data: Dat
         refuse_changes(folder, config)
     else:
         refuse_foreign(folder)
+        (folder / ROUTER).unlink(missing_ok=True)  # of other prompts, maybe
     starts = starts_of(config) if config.student_init is not None else []
     router, lists = _split(config, parts, data, starts)
     with checkpoint.writing(folder, "set output_dir"):

@@ -98,16 +98,20 @@ def plan(config: TrainConfig, memory: str | None = None, devices: int = 8) -> st
 
 
 def _text(config: TrainConfig, base: Denoiser, found: dict[str, Any], limit: int | None, made: dict[str, Any]) -> str:
-    rest = sum(
-        bytes_of(m) for n, m in base.pipeline.components.items() if isinstance(m, nn.Module) and n not in base.networks
-    )
+
+    def beside(asked: TrainConfig) -> int:
+        """Text encoders and autoencoder, which stays in float32."""
+        width, parts = DTYPES[asked.base_dtype].itemsize, base.pipeline.components.items()
+        others = {n: bytes_of(m) for n, m in parts if isinstance(m, nn.Module) and n not in base.networks}
+        return sum(size if name == "vae" else size * width // 4 for name, size in others.items())
 
     def loaded(asked: TrainConfig) -> int:
-        """Encoders and networks are on the device together before the training, while prompts and images are encoded."""
-        return base_bytes(asked, base) + rest * DTYPES[asked.base_dtype].itemsize // 4
+        """These and the networks are on the device together before the training, while prompts and images are encoded."""
+        return base_bytes(asked, base) + beside(asked)
 
     def fit(row: Need, asked: TrainConfig) -> bool:
-        return limit is not None and max(row.total, loaded(asked)) <= limit
+        training = row.total + (0 if asked.offload_encoders else beside(asked))
+        return limit is not None and max(training, loaded(asked)) <= limit
 
     table = [["strategy", "weights", "gradients", "optimiser", "activations", "total", *(["fits"] if limit else [])]]
     for name, (row, asked, *_) in found.items():

@@ -175,40 +175,46 @@ class Record:
             refuse_foreign(self.folder)
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         if self.accelerator.is_main_process:
+            then = self._noted() if begun else {}
             found = environment() | {"processes": self.accelerator.num_processes}
+            found |= {"data": then["data"]} if "data" in then else {}
             with checkpoint.writing(self.folder, "set output_dir"):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # by which its config is known for a run's own, should the disk be full before that is written
-                checkpoint.write_text(self.folder / "environment.json", json.dumps(found, indent=2))
+                self._note(found)
                 checkpoint.write_text(written, yaml.safe_dump(now, sort_keys=False))
         self.accelerator.wait_for_everyone()
         if self.config.report_to:
             self.accelerator.init_trackers("fewstep")
 
+    def _noted(self) -> dict[str, Any]:
+        """What environment.json says; nothing where it is lost."""
+        try:
+            return dict(json.loads((self.folder / "environment.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def _note(self, found: dict[str, Any]) -> None:
+        checkpoint.write_text(self.folder / "environment.json", json.dumps(found, indent=2))
+
     def same_data(self, captions: Sequence[str], samples: int) -> None:
         """Note what a run learns from; UserError where a resumed one would go on with other captions, or other many samples."""
-        path = self.folder / "data.json"
         digest = sha256("\0".join(captions).encode("utf-8", "surrogatepass")).hexdigest()
-        now = {"samples": samples, "captions": len(captions), "sha256": digest}
-        if self._goes_on:
-            try:
-                then = json.loads(path.read_text())
-            except (OSError, ValueError):  # of an older run, or lost
-                then = now
-            if then != now:
-                raise UserError(
-                    f"{self.folder}: cannot be resumed with other data: its captions are not those it began with"
-                )
+        noted, now = self._noted(), {"samples": samples, "captions": digest}
+        then = noted.get("data", now) if self._goes_on else now
+        if then != now:
+            raise UserError(f"{self.folder}: cannot be resumed with other samples or captions than it began with")
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
         if self.accelerator.is_main_process:
-            with checkpoint.writing(path, "set output_dir"):
-                checkpoint.write_text(path, json.dumps(now))
+            with checkpoint.writing(self.folder, "set output_dir"):
+                self._note(noted | {"data": now})
 
     def _same_rows(self, then: dict[str, Any], now: dict[str, Any]) -> None:
         """UserError where iterations would have other rows than before: on another number of processes, say."""
         processes = self.accelerator.num_processes
         try:
-            before = int(json.loads((self.folder / "environment.json").read_text()).get("processes", processes))
-        except (OSError, ValueError, TypeError, AttributeError):
+            before = int(self._noted().get("processes", processes))
+        except (ValueError, TypeError):
             before = processes
         keys = ("train_batch_size", "gradient_accumulation_steps")
         were, are = ([c.get(k, now[k]) for k in keys] + [n] for c, n in ((then, before), (now, processes)))

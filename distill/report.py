@@ -208,7 +208,11 @@ def current(config: TrainConfig) -> bool:
     """Whether a run's report is whole, of the student that is there now, and what the config asks for."""
     try:
         report = json.loads((config.run_dir / "report.json").read_text(encoding="utf-8"))
-        made = report["iteration"], report.get("asked", asked(config)), bool(report["blocks"])
+        made = (
+            report["iteration"],
+            report.get("asked", asked(config) | {"report_num": report["n"]}),
+            bool(report["rows"]),
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged one
         return False
     shown = (config.run_dir / "report.md").is_file() and (config.run_dir / PICTURE).is_file()
@@ -217,7 +221,9 @@ def current(config: TrainConfig) -> bool:
 
 def asked(config: TrainConfig) -> dict[str, Any]:
     """What a config says of its report."""
-    return {k: v for k, v in config.model_dump(mode="json").items() if k.startswith(("report_", "validation_guidance"))}
+    keys = ("num", "steps", "teacher_steps", "scheduler", "prompts")
+    asked = {f"report_{key}" for key in keys} | {"validation_prompts", "validation_guidance_scale"}
+    return config.model_dump(mode="json", include=asked)
 
 
 def report_run(folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:

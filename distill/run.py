@@ -33,13 +33,13 @@ from fewstep.distill.student_start import said, starts_of, student_start
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import class_of, denoiser_of, family, load, parts, resolve
+from fewstep.samplers.manifest import Manifest, fingerprint, holds_lora
 from fewstep.samplers.skeleton import networks as networks_alone
 from fewstep.samplers.stock import stock
+from fewstep.samplers.student import save_student
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-from fewstep.samplers.manifest import Manifest, fingerprint, holds_lora
-from fewstep.samplers.student import save_student
 
 
 def refuse(config: TrainConfig) -> None:
@@ -121,7 +121,8 @@ def train(
         config: a checked config, a mapping, a path, or the name of a shipped one.
         resume: continue from the newest whole checkpoint, if there is one.
         teacher: a pipeline, or a denoiser around one, already in memory, instead of loading the config's. That is still
-            the name by which the student finds its base again: where the pipeline lies, or will.
+            the name by which the student finds its base again: where the pipeline lies, or will. The pipeline is given
+            over: a LoRA leaves its adapters on it.
         data: a data set, instead of the config's.
 
     Returns:

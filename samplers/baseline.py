@@ -80,7 +80,7 @@ def scheduler_of(own: Any, name: str = "own", spacing: str | None = None) -> Any
         return type(own).from_config(config, **options)
     class_name, fixed = SCHEDULERS[name]
     options |= fixed
-    shift = noise_config.shift_of(config)
+    shift = noise_config.shift_of(type(own).__name__, config)
     if name == "ddim":  # whose default clips, to a range that latents leave
         options |= {"clip_sample": bool(config.get("clip_sample"))}
     if flow and name in ("ddim", *OF_STUDENTS):

@@ -42,9 +42,10 @@ def from_scheduler(scheduler: Any, sequence_length: int | None = None) -> NoiseP
     return from_config({**scheduler.config, "_class_name": type(scheduler).__name__}, sequence_length)
 
 
-def shift_of(config: Mapping[str, Any]) -> float:
-    """The constant shift of a flow scheduler's levels, by either of the names that diffusers has for it."""
-    return config.get("shift") or config.get("flow_shift") or 1.0
+def shift_of(name: str, config: Mapping[str, Any]) -> float:
+    """The constant shift of a flow scheduler's levels: a class has one of two keys for it, and keeps another's as it came."""
+    own, other = ("shift", "flow_shift") if "FlowM" in name else ("flow_shift", "shift")
+    return config.get(own) or config.get(other) or 1.0
 
 
 def is_flow(name: str, config: Mapping[str, Any]) -> bool:
@@ -54,7 +55,7 @@ def is_flow(name: str, config: Mapping[str, Any]) -> bool:
 
 def _shift_factor(config: Mapping[str, Any], sequence_length: int | None) -> float:
     if not config.get("use_dynamic_shifting"):
-        return shift_of(config)
+        return shift_of(config.get("_class_name", ""), config)
     if sequence_length is None:
         raise UserError("the scheduler's shift depends on the resolution: pass the number of image tokens")
     low, high = config["base_image_seq_len"], config["max_image_seq_len"]

@@ -17,6 +17,9 @@ from fewstep.samplers.adapters import bare
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
 
+SCALE = 256
+"""Of a loss before its backward pass: half precision would keep nothing of a mean over many features, and overflows at all of N."""
+
 
 class Heads(nn.Module):
     """One logit a sample from each feature map, (B, maps), float32.
@@ -157,8 +160,7 @@ def direction(x0: Tensor, logits: Callable[[Tensor], Tensor], bound: float | Non
     x = x0.detach().requires_grad_()
     with torch.enable_grad():
         found = logits(x)
-        # N before the backward pass: of a mean over many elements and features half precision would keep nothing
-        loss = x0[0].numel() * generator_loss(found if bound is None else found.clamp(-bound, bound)).sum()
+        loss = SCALE * generator_loss(found if bound is None else found.clamp(-bound, bound)).sum()
     with torch.autocast(x.device.type, enabled=False):
         (gradient,) = torch.autograd.grad(loss, x)
-    return gradient, found.detach()
+    return gradient * (x0[0].numel() / SCALE), found.detach()

@@ -71,7 +71,7 @@ def training_level(config: DenoisingConfig, rng: Rngs) -> Tensor:
 
 def many_steps(denoiser: Denoiser, steps: int, guidance: float | None) -> SamplingPlan:
     """The guided ODE on even levels, for what is no student of few steps."""
-    guidance, scale = guidance or 1.0, start_scale(denoiser.noise)
+    guidance, scale = 1.0 if guidance is None else guidance, start_scale(denoiser.noise)
     if denoiser.takes_guidance:
         return uniform_plan(steps, initial_scale=scale, embedded_guidance=guidance)
     return uniform_plan(steps, guidance, initial_scale=scale)

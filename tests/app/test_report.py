@@ -109,12 +109,16 @@ def test_the_table_holds_every_figure(report: dict, trained: Path):
         assert figures == [cell(f["value"], f["stderr"]) for f in row["metrics"].values()]
 
 
-def test_a_finished_run_is_reported_anew_at_another_size(config: Path, trained: Path, tmp_path: Path, fewstep):
+def test_a_finished_run_is_reported_anew_with_other_settings(config: Path, trained: Path, tmp_path: Path, fewstep):
     shutil.copytree(trained, tmp_path / "tiny")
     before = (tmp_path / "tiny" / "report.json").stat().st_mtime_ns
     less = ("report_teacher_steps=[1]", "report_prompts=[embedded:emoji]")
-    for n, anew in ((8, False), (4, True)):
-        answer = fewstep("train", config, f"output_dir={tmp_path}", f"report_num={n}", *less, "--resume")
+    for n, told, anew in ((8, (), False), (4, less, True), (4, (*less, "report_steps=[2]"), True)):
+        answer = fewstep("train", config, f"output_dir={tmp_path}", f"report_num={n}", *told, "--resume")
         assert answer.code == 0, answer.err
-        assert json.loads((tmp_path / "tiny" / "report.json").read_text())["n"] == n
-        assert ((tmp_path / "tiny" / "report.json").stat().st_mtime_ns > before) == anew
+        report = tmp_path / "tiny" / "report.json"
+        assert json.loads(report.read_text())["n"] == n
+        assert (report.stat().st_mtime_ns > before) == anew
+        before = report.stat().st_mtime_ns
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["steps"] for row in rows if row["role"] == "student"] == [2]

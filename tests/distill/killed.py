@@ -12,6 +12,7 @@ from typing import Any
 
 from fewstep.distill import alarm, checkpoint, trainer
 from fewstep.distill.batches import Batches
+from fewstep.distill.config import TrainConfig
 from fewstep.distill.run import train
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.load import denoiser_of
@@ -102,15 +103,15 @@ def during_a_save() -> None:
 
 def in_mid_iteration() -> None:
     """In iteration 6, when a role's optimiser has stepped and its averages have not followed."""
-    real, calls = trainer.learning_rate, []
+    real, calls = TrainConfig.rate, []
 
-    def rate(c: Any, base: float, iteration: int) -> float:
+    def rate(c: TrainConfig, iteration: int) -> float:
         if iteration == 6:
             calls.append(iteration)
             optimizer = next(iter(trainers[0].optimizers.values()))
             step = optimizer.step
             optimizer.step = lambda: (step(), die())
-        return real(c, base, iteration)
+        return real(c, iteration)
 
     trainers: list[trainer.Trainer] = []
     make = trainer.Trainer.__init__
@@ -120,7 +121,7 @@ def in_mid_iteration() -> None:
         trainers.append(self)
 
     trainer.Trainer.__init__ = made  # type: ignore[method-assign]
-    trainer.learning_rate = rate
+    TrainConfig.rate = rate  # type: ignore[method-assign]
 
 
 def tear(checkpoints: Path) -> None:

@@ -64,17 +64,22 @@ def test_direction():
 
 
 def test_half_precision_keeps_the_direction():
-    """Of a mean over very many features each one's share is below what float16 holds, unless N multiplies it first."""
+    """Of a mean over very many features each one's share is below what float16 holds, unless the loss is scaled; by all of a
+    clip's N it would overflow where a head makes one logit of a map.
+    """
     x = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
     weight = torch.linspace(-1, 1, x[0].numel()).reshape(x[0].shape)
 
     def logits(x: Tensor) -> Tensor:  # 2^16 features in half precision, and their mean
         features = (x * weight).half().repeat(1, 4, 1, 1)
-        return features.flatten(1).float().mean(1, keepdim=True) + 8
+        return features.flatten(1).float().mean(1, keepdim=True) + 4
 
     found, said = adversarial.direction(x, logits)
     wanted = -(-said).sigmoid().reshape(-1, 1, 1, 1) * weight
     assert torch.allclose(found, wanted, rtol=2e-3, atol=1e-7)
+    x = torch.randn(1, 4, 32, 64, 64, generator=torch.Generator().manual_seed(0))
+    found, _ = adversarial.direction(x, lambda x: x.half().flatten(1).mean(1, keepdim=True).float() - 9)
+    assert torch.allclose(found, torch.tensor(-9.0).neg().sigmoid().neg().expand_as(found), rtol=2e-3)
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 8), (1, 16, 4, 4), (2, 8, 2, 2), (2, 6, 9, 16), (2, 5, 8), (2, 64, 3, 3)])

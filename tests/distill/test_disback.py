@@ -340,7 +340,11 @@ def test_memory_counts_the_target(tmp_path: Path):
         ),
         (
             {"fake_score_warmup_steps": 2},
-            "fake_score_warmup_steps 2 are too few to record them after 1, 1, 2 iterations",
+            "fake_score_warmup_steps 2 are too few to record them; take more, or fewer nodes",
+        ),
+        (
+            {"fake_score_warmup_steps": 4, "path_share": 0.99, "max_train_steps": 40},
+            "fake_score_warmup_steps 4 are too few to record them after 0, 1, 4 iterations",
         ),
         ({"max_train_steps": 10}, "the teacher is the target from iteration 10, and max_train_steps is 10"),
         (

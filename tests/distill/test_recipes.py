@@ -296,7 +296,9 @@ def test_an_example_runs(
         argv += ["step_counts=[2]"]
     if name == "msd":
         argv += ["parts=2"]  # of two prompts
-    runpy.run_path(str(script), run_name="__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
     printed = Path(capsys.readouterr().out.strip().split(": ")[1])
     assert config.method == {"msd": "dmd2"}.get(name, name)
     runs = [printed.parent / f"parts/part_{i}" for i in range(2)] if name == "msd" else [printed.parent]

@@ -202,7 +202,7 @@ def test_a_run_whose_folder_could_not_be_written_starts_anew(tmp_path: Path, mon
     write = checkpoint.write_text
 
     def full(path: Path, text: str) -> None:
-        if path.name == "config.yaml":
+        if path.name == "environment.json":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, text)
 
@@ -221,7 +221,7 @@ def test_a_resumed_run_has_the_data_that_it_began_with(tmp_path: Path):
     again = scripted(tmp_path, Scripted({"student": square}), resume=True).record
     again.same_data(["a", "b"], 2)
     for captions, samples in ((["a", "c"], 2), (["a", "b"], 3)):
-        with pytest.raises(UserError, match="run: cannot be resumed with other data"):
+        with pytest.raises(UserError, match="run: cannot be resumed with other samples or captions"):
             again.same_data(captions, samples)
 
 
