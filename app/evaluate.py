@@ -14,7 +14,7 @@ from fewstep.app import page
 from fewstep.app.drawing import draw
 from fewstep.app.processes import Processes
 from fewstep.app.rows import Row, folder_row, grid, is_images, real_row
-from fewstep.app.sources import negative_prompt
+from fewstep.app.sources import negative_prompt, run_guidance
 from fewstep.app.store import check_out, read_batches
 from fewstep.distill import picture
 from fewstep.distill.evaluation import (
@@ -227,7 +227,16 @@ class Evaluation:
         if distilled and (source is None or not parts(source)[1]):
             return {}
         own = {} if source is None else {"timesteps": request.timesteps}
-        return {"guidance": request.guidance_scale, "scheduler": request.scheduler, "eta": request.eta, **own}
+        guidance = request.guidance_scale
+        if guidance is None and (source is None or not parts(source)[1]):
+            guidance = self._guidance(source)
+        return {"guidance": guidance, "scheduler": request.scheduler, "eta": request.eta, **own}
+
+    def _guidance(self, source: str | None) -> float | None:
+        """That of the run of the first student that a pipeline, None: any, is the teacher of; else the pipeline's own."""
+        of = (s for s, manifest in self.students.items() if source in (None, manifest.base))
+        found = (run_guidance(folder) for s in of if (folder := student_folder(s)) is not None)
+        return next((scale for scale in found if scale is not None), None)
 
     def _target(self) -> Teacher:
         """The teacher that others are compared with: the first pipeline without its LoRA, or the first student's base."""

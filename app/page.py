@@ -30,8 +30,8 @@ EXTREMES = 4
 """Best and worst prompts of a row."""
 
 LEGEND = (
-    "Bold is the best of a column, unless all are alike; ± is one standard error, and rows that are within it of each other "
-    "do not differ."
+    "Bold is the best of a column, unless all are alike; ± is one standard error; rows differ that are farther apart than twice "
+    "the root of the sum of their errors' squares."
 )
 
 STYLE = """
@@ -44,7 +44,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 36px 0 8px; } p { margin: 4px 0 12px; color: var(--pale); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; white-space: normal; } th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; vertical-align: bottom; white-space: normal; } th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 .best { font-weight: 600; } .arrow, .error { color: var(--pale); font-weight: 400; }
 .plots, .pair { display: flex; flex-wrap: wrap; gap: 8px 32px; } .pair { gap: 0 4px; } svg { display: block; } svg text { fill: var(--ink); }
 .grid td, .grid th { border: 0; padding: 3px; vertical-align: middle; text-align: left; }
@@ -172,7 +172,9 @@ def _grid(rows: Sequence[Row], names: Sequence[str]) -> str:
     heads = "".join(f"<th>{escape(p)}</th>" for p in list(shown[0][0].prompts or [])[:COLUMNS])
     lines = []
     for row, name in shown:
-        pictures = "".join(f"<td>{_picture(x, SHOWN)}</td>" for x in row.images(range(min(COLUMNS, len(row.files)))))
+        images = row.images(range(min(COLUMNS, len(row.files))))
+        said = [*(row.prompts or []), *[""] * len(images)]
+        pictures = "".join(f"<td>{_picture(x, SHOWN, p)}</td>" for x, p in zip(images, said, strict=False))
         said = row.row["scheduler"] + (f"<br>guidance {row.row['guidance']:g}" if row.row["role"] == "teacher" else "")
         lines.append(f"<tr><td>{escape(name)}<br><small>{said}</small></td>{pictures}</tr>")
     return (
@@ -216,12 +218,12 @@ def _figures(images: Iterable[Tensor], prompts: Sequence[str], means: dict[str, 
     for image, prompt in zip(images, prompts, strict=True):
         said = f"<b>{means[prompt]:.2f}</b> {escape(prompt)}"
         found.append(
-            f'<figure style="width:{SMALL}px">{_picture(image, SMALL)}<figcaption>{said}</figcaption></figure>'
+            f'<figure style="width:{SMALL}px">{_picture(image, SMALL, prompt)}<figcaption>{said}</figcaption></figure>'
         )
     return f'<div class="few">{"".join(found)}</div>'
 
 
-def _picture(pixels: Tensor, side: int) -> str:
+def _picture(pixels: Tensor, side: int, about: str = "") -> str:
     """An image (3, H, W) uint8, of a clip its middle frame, as an element that holds it."""
     image = to_image(frames(pixels[None])[0])
     scale = side / max(image.size)
@@ -241,4 +243,6 @@ def _picture(pixels: Tensor, side: int) -> str:
     data = base64.b64encode(file.getvalue()).decode()
     width, height = (round(v * side / max(image.size)) for v in image.size)
     square = ' class="square"' if small else ""
-    return f'<img{square} width="{width}" height="{height}" alt="" src="data:image/{kind};base64,{data}">'
+    return (
+        f'<img{square} width="{width}" height="{height}" alt="{escape(about)}" src="data:image/{kind};base64,{data}">'
+    )

@@ -32,6 +32,7 @@ CSS = """
 .title, .title * { overflow: visible !important; }  /* a browser with bars that stay would show one beside the heading */
 .centred { text-align: center; }
 .cost { min-height: 4em; }
+input[type=radio]:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
 """
 ABOUT = "NFE: rows that went through the network for one picture; a step with guidance counts two."
 
@@ -133,11 +134,11 @@ def comparison(source: Source, endpoint: str) -> None:
         steps = gr.Radio(
             list(source.step_counts), value=_usual(source.step_counts), label="Steps", scale=3, min_width=260
         )
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, scale=1, min_width=100)
+        seed = gr.Number(0, label="Seed", precision=0, scale=1, min_width=100)
         highest = max(100, source.many_steps)
         many = gr.Slider(1, highest, source.many_steps, step=1, label="Teacher's many steps", scale=3, min_width=270)
         takes = source.guidance_scale is not None
-        guidance = gr.Number(source.guidance_scale, label="Guidance", minimum=0, scale=1, min_width=110, visible=takes)
+        guidance = gr.Number(source.guidance_scale, label="Guidance", scale=1, min_width=110, visible=takes)
         button = gr.Button("Sample", variant="primary", scale=1, min_width=120)
     outputs: list[Any] = []
     with gr.Row():
@@ -149,6 +150,7 @@ def comparison(source: Source, endpoint: str) -> None:
         "inputs": [prompt, seed, steps, many, guidance],
         "outputs": outputs,
         "concurrency_id": "device",  # one request at a time, whichever tab it comes from
+        "trigger_mode": "always_last",  # what is asked for while another is drawn comes after it
         "show_progress": "minimal",
         "show_progress_on": [c for c in outputs if isinstance(c, gr.Image)],
     }
@@ -203,11 +205,16 @@ def requests(source: Source) -> Callable[..., Iterator[list[str | None]]]:
                 raise UserError("no prompt: write what to draw")
             if seed is None or steps is None:
                 raise UserError(f"no {'seed' if seed is None else 'steps'}: say a number")
+            if not 0 <= seed < 2**63:
+                raise UserError(f"seed {seed}: must be a whole number from 0 to 9223372036854775807")
+            if (guidance_scale or 0) < 0:
+                raise UserError(f"guidance {guidance_scale:g}: must be 0 or more")
+            scale = source.guidance_scale if guidance_scale is None else guidance_scale
             answer: list[str | None] = [None] * (each * columns)  # the pictures of the request before go
             yield answer
             with TemporaryDirectory() as folder:  # gradio copies what is yielded
                 for i in reversed(range(columns)):  # the quick ones come first
-                    sampler = source.sampler(source.labels[i], steps, int(many_steps), guidance_scale)
+                    sampler = source.sampler(source.labels[i], steps, int(many_steps or source.many_steps), scale)
                     answer[each * i : each * (i + 1)] = drawn(sampler, prompt, seed, Path(folder))
                     yield answer
         except Exception as error:
@@ -229,7 +236,11 @@ def drawn(sampler: Sampler, prompt: str, seed: int, folder: Path) -> list[str]:
     clip = []
     if images.ndim == 5:
         clip = [str(save_mp4(images[0], file.with_suffix(".mp4"), sampler.frames_per_second))]
-    return [*clip, str(file), f"**{sum(rows)} NFE, {seconds:.3f} s**<br>{steps}, {sampler.scheduler}{guided}"]
+    return [
+        *clip,
+        str(file),
+        f"**{sum(rows)} NFE, {seconds:.3f} s**<br>{steps}, {sampler.scheduler}{guided}, seed {seed}",
+    ]
 
 
 def one_line(error: Exception) -> str:

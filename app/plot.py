@@ -60,20 +60,22 @@ def plot(
             f"<title>{escape(name)}: {y:.6g}</title></line>"
         )
     for name, line in series.items():
-        parts.append(_line(name, line, colour(names.index(name)), across, down))
+        parts.append(_line(name, line, names.index(name), across, down))
     return (
-        f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">' + "".join(parts) + "</svg>"
+        f'<svg width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by {escape(axis)}">'
+        + "".join(parts)
+        + "</svg>"
     )
 
 
-def _line(name: str, points: Sequence[Point], colour: str, across: Scale, down: Scale) -> str:
-    path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y, _ in points)
-    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>']
+def _line(name: str, points: Sequence[Point], number: int, across: Scale, down: Scale) -> str:
+    path, stroke = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y, _ in points), colour(number)
+    parts = [f'<polyline points="{path}" fill="none" stroke="{stroke}" stroke-width="1.8"{dashes(number)}/>']
     for x, y, error in points:
         at, top, bottom = across(x), down(y + error), down(y - error)
-        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{colour}"/>')
+        parts.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" stroke="{stroke}"/>')
         parts.append(
-            f'<circle cx="{at:.1f}" cy="{down(y):.1f}" r="3.5" fill="{colour}">'
+            f'<circle cx="{at:.1f}" cy="{down(y):.1f}" r="3.5" fill="{stroke}">'
             f"<title>{escape(name)}: {y:.6g} ± {error:.2g} at {x:.4g}</title></circle>"
         )
     return "".join(parts)
@@ -81,13 +83,23 @@ def _line(name: str, points: Sequence[Point], colour: str, across: Scale, down: 
 
 def legend(names: Sequence[str]) -> str:
     """Names with the colours of their lines, as a paragraph."""
-    dots = (f'<span style="color: {colour(i)}">●</span> {escape(name)}' for i, name in enumerate(names))
-    return '<p class="legend">' + " &emsp; ".join(dots) + "</p>"
+    drawn = (
+        f'<svg width="26" height="10" aria-hidden="true" style="display: inline"><line x1="0" x2="26" y1="5" y2="5" '
+        f'stroke="{colour(i)}" stroke-width="1.8"{dashes(i)}/><circle cx="13" cy="5" r="3.5" fill="{colour(i)}"/></svg> {escape(name)}'
+        for i, name in enumerate(names)
+    )
+    return '<p class="legend">' + " &emsp; ".join(drawn) + "</p>"
 
 
 def colour(number: int) -> str:
     """Of a line."""
     return f"var(--s{number % COLOURS})"
+
+
+def dashes(number: int) -> str:
+    """Of a line whose colour another has."""
+    again = number // COLOURS
+    return f' stroke-dasharray="{6 * again} 3"' if again else ""
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
@@ -109,7 +121,8 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 def _marks(first: float, last: float, points: Sequence[float]) -> list[float]:
     """Values of x that are written under the axis: those of points that are apart enough."""
     kept: list[float] = []
+    apart = 7 * max(len(f"{x:.3g}") for x in points) / (WIDTH - LEFT - RIGHT)  # of the axis: a text, and room
     for x in points:
-        if not kept or math.log(x / kept[-1]) > 0.15 * math.log(last / first):
+        if not kept or math.log(x / kept[-1]) > max(0.15, apart) * math.log(last / first):
             kept.append(x)
     return kept

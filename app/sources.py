@@ -146,6 +146,14 @@ def negative_prompt(student: Path) -> str:
     return str(values.get("negative_prompt") or "") if isinstance(values, dict) else ""
 
 
+def run_guidance(student: Path) -> float | None:
+    """The teacher's guidance scale in a student's run, where that says one."""
+    values = _values(student)
+    own = values if isinstance(values, dict) else {}
+    found = next((v for k in ("validation_guidance_scale", "guidance_scale") if (v := own.get(k)) is not None), None)
+    return float(found) if isinstance(found, int | float) else None
+
+
 def _values(student: Path) -> Any:
     path = student.parent / "config.yaml"
     if student.name != "student" or not path.is_file():

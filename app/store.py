@@ -28,8 +28,8 @@ ABOUT, COSTS, PROMPTS = "about.json", "costs", "prompts.txt"
 
 def check_out(out: Path) -> None:
     """UserError for a report's file that could not be written, before anything is drawn for it."""
-    if out.suffix in (others := (".md", ".html", ".png", ".images")):
-        raise UserError(f"--out {out}: names the .json; {', '.join(others)} stand beside it")
+    if out.suffix not in ("", ".json"):
+        raise UserError(f"--out {out}: must end in .json; .md, .html, .png and .images stand beside it")
     if out.is_dir():
         raise UserError(f"--out {out}: a folder; name a file in it, e.g. {out / 'report.json'}")
     with checkpoint.writing(out, "name another file with --out"):

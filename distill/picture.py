@@ -50,12 +50,15 @@ def labelled(rows: Sequence[tuple[str, str, Tensor]], heads: Sequence[str]) -> I
     letters = max(8, side[0] // 7)
     wrapped = [textwrap.wrap(head, letters, max_lines=4, placeholder=" ...") for head in heads]
     top = 16 * max((len(lines) for lines in wrapped), default=0) + 2 * GAP
+    texts = [(text, font) for label, second, _ in rows for text, font in ((label, title), (second, small))]
+    longest = max(font.getlength(line) for text, font in texts for line in text.split("\n"))
+    left = max(LABEL, math.ceil(longest) + 3 * GAP)
     canvas = Image.new(
-        "RGB", (LABEL + len(heads) * (side[0] + GAP) + GAP, top + len(rows) * (side[1] + GAP) + GAP), PAPER
+        "RGB", (left + len(heads) * (side[0] + GAP) + GAP, top + len(rows) * (side[1] + GAP) + GAP), PAPER
     )
     pen = ImageDraw.Draw(canvas)
     for i, lines in enumerate(wrapped):
-        x = LABEL + i * (side[0] + GAP)
+        x = left + i * (side[0] + GAP)
         pen.multiline_text((x, top - GAP), "\n".join(lines), INK, small, anchor="ld", spacing=3)
     for j, (label, second, images) in enumerate(rows):
         y = top + j * (side[1] + GAP)
@@ -63,7 +66,7 @@ def labelled(rows: Sequence[tuple[str, str, Tensor]], heads: Sequence[str]) -> I
         pen.text((GAP, middle - 10), label, INK, title, anchor="lm")
         pen.multiline_text((GAP, middle + 2), second, PALE, small, spacing=3)
         for i, pixels in enumerate(frames(images)[: len(heads)]):
-            canvas.paste(to_image(pixels).resize(side, kind), (LABEL + i * (side[0] + GAP), y))
+            canvas.paste(to_image(pixels).resize(side, kind), (left + i * (side[0] + GAP), y))
     return canvas
 
 

@@ -156,7 +156,7 @@ def test_evaluate_compares_with_the_many_step_picture_of_the_same_noise(
 
 
 def test_evaluate_compares_with_the_teacher_of_the_run(fewstep: Command, trained: Path, tmp_path: Path):
-    """With the run's negative prompt, and in another precision where that is asked for: other images."""
+    """With the run's negative prompt and guidance, and in another precision where that is asked for: other images."""
     run = Path(shutil.copytree(trained, tmp_path / "run"))
     config = yaml.safe_load((run / "config.yaml").read_text())
     prompts = tmp_path / "prompts.txt"
@@ -177,6 +177,10 @@ def test_evaluate_compares_with_the_teacher_of_the_run(fewstep: Command, trained
     )  # the student's is the same with a negative prompt
     assert abs(distances["none"] - distances["dog"]) > 1e-3
     assert distances["low"] == pytest.approx(distances["none"], abs=1.5)
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"validation_guidance_scale": 3.5}))
+    answer = fewstep("evaluate", run, config["teacher"], *shared[:-2], "--out", out)
+    assert answer.code == 0, answer.err
+    assert {row["guidance"] for row in json.loads(out.read_text())["rows"] if row["role"] == "teacher"} == {3.5}
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,10 @@ def test_a_student_is_what_sample_draws(page: Page, fewstep: Command, trained: P
     out = tmp_path / "a.png"
     assert fewstep("sample", trained, "-p", PROMPT, "--seed", 5, "--steps", 2, "-n", 1, "--out", out).code == 0
     assert np.array_equal(pixels(Path(student)), pixels(out))
-    assert re.fullmatch(r"\*\*2 NFE, \d+\.\d{3} s\*\*<br>2 steps, consistency", said)
+    assert re.fullmatch(r"\*\*2 NFE, \d+\.\d{3} s\*\*<br>2 steps, consistency, seed 5", said)
     # the teacher of the same size, with the guidance of the run
     assert pixels(Path(many)).shape == pixels(Path(few)).shape == (64, 64, 3)
-    assert re.fullmatch(r"\*\*4 NFE, .*<br>2 steps, dpmsolver\+\+ \(trailing\), guidance 3", few_said)
+    assert re.fullmatch(r"\*\*4 NFE, .*<br>2 steps, dpmsolver\+\+ \(trailing\), guidance 3, seed 5", few_said)
 
 
 def test_a_teacher_is_what_sample_draws(page: Page, fewstep: Command, teacher: Path, tmp_path: Path):
@@ -111,7 +111,7 @@ def test_controls_offer_what_the_source_has(page: Page, trained: Path):
     [
         ({"prompt": " "}, "no prompt: write what to draw"),
         ({"seed": None}, "no seed: say a number"),
-        ({"seed": -1}, "-1 is less than"),
+        ({"seed": -1}, "seed -1: must be a whole number"),
         ({"steps": 3}, r"3 .* not in the list of choices: \[2, 4\]"),
         ({"many_steps": 0}, "0 is less than"),
     ],

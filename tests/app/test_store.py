@@ -82,7 +82,7 @@ def test_a_report_that_could_not_be_written_is_refused(tmp_path: Path):
     """One that would be written over by what stands beside it, a folder, and one below a file."""
     (tmp_path / "file").write_text("")
     for name, line in (
-        ("report.md", r"--out .*report.md: names the .json; .md, .html, .png, .images stand beside it"),
+        ("report.md", r"--out .*report.md: must end in .json; .md, .html, .png and .images stand beside it"),
         (".", r"a folder; name a file in it, e.g. .*report.json"),
         ("file/report.json", r"file/report.json: cannot be written \(File exists\); name another file with --out"),
     ):
