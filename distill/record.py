@@ -212,10 +212,8 @@ class Record:
     def _same_rows(self, then: dict[str, Any], now: dict[str, Any]) -> None:
         """UserError where iterations would have other rows than before: on another number of processes, say."""
         processes = self.accelerator.num_processes
-        try:
-            before = int(self._noted().get("processes", processes))
-        except (ValueError, TypeError):
-            before = processes
+        noted = self._noted().get("processes")
+        before = noted if isinstance(noted, int) else processes
         keys = ("train_batch_size", "gradient_accumulation_steps")
         were, are = ([c.get(k, now[k]) for k in keys] + [n] for c, n in ((then, before), (now, processes)))
         if math.prod(were) != math.prod(are):
