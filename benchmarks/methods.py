@@ -179,6 +179,8 @@ def curves(found: dict[str, Any], title: str = f"{FIGURE}, fewest steps") -> str
     names, parts = list(found), []
     for i in range(0, len(names), COLOURS):
         some = [n for n in names[i : i + COLOURS] if found[n]["curve"]]
+        if not some:  # several students have none together
+            continue
         lines = {n: [(p["seconds"], p[FIGURE], 0.0) for p in found[n]["curve"]] for n in some}
         svg = plot(title, "seconds of training", lines, {}, some)
         key = "".join(
