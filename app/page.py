@@ -173,8 +173,8 @@ def _grid(rows: Sequence[Row], names: Sequence[str]) -> str:
     lines = []
     for row, name in shown:
         images = row.images(range(min(COLUMNS, len(row.files))))
-        said = [*(row.prompts or []), *[""] * len(images)]
-        pictures = "".join(f"<td>{_picture(x, SHOWN, p)}</td>" for x, p in zip(images, said, strict=False))
+        prompts = (row.prompts or [""] * len(images))[: len(images)]
+        pictures = "".join(f"<td>{_picture(x, SHOWN, p)}</td>" for x, p in zip(images, prompts, strict=True))
         said = row.row["scheduler"] + (f"<br>guidance {row.row['guidance']:g}" if row.row["role"] == "teacher" else "")
         lines.append(f"<tr><td>{escape(name)}<br><small>{said}</small></td>{pictures}</tr>")
     return (

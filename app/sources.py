@@ -142,16 +142,19 @@ def _config(student: Path) -> TrainConfig | None:
 
 def negative_prompt(student: Path) -> str:
     """Of a student's run, where it still lies in one: an older one, too, whose other keys are no longer known."""
-    values = _values(student)
-    return str(values.get("negative_prompt") or "") if isinstance(values, dict) else ""
+    return str(_told(student).get("negative_prompt") or "")
 
 
 def run_guidance(student: Path) -> float | None:
     """The teacher's guidance scale in a student's run, where that says one."""
-    values = _values(student)
-    own = values if isinstance(values, dict) else {}
+    own = _told(student)
     found = next((v for k in ("validation_guidance_scale", "guidance_scale") if (v := own.get(k)) is not None), None)
     return float(found) if isinstance(found, int | float) else None
+
+
+def _told(student: Path) -> dict[str, Any]:
+    values = _values(student)
+    return values if isinstance(values, dict) else {}
 
 
 def _values(student: Path) -> Any:

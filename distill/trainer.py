@@ -192,16 +192,15 @@ class Trainer:
             self.record.log(done, {"learning_rate": rate, **said, **extra})
             self._metric_exists()
         due = last or done % c.checkpointing_steps == 0 or (judged and c.figure_is_best)
-        stop, written = self._stopping(), False
+        stop = self._stopping()
         if due and value is not None:
             self.best = (value, done)
         if due or stop:  # once an iteration: a whole checkpoint is never written over
             self.save()
-            written = True
         if c.validation_steps and done % c.validation_steps == 0 and not last:
             with self.averaged():
                 self.record.preview(self.method, self.roles["student"].denoiser, done)
-        if stop or (written and self._stopping()):  # while it was saved, maybe
+        if stop or (due and self._stopping()):  # while it was saved, maybe
             self.accelerator.wait_for_everyone()  # a launcher ends all processes when one ends
             raise Interrupted(f"stopped at iteration {done} of {c.max_train_steps}; go on with --resume")
         return last
