@@ -74,7 +74,10 @@ def draw(
         **{"guidance": sampler.guidance, "scheduler": sampler.scheduler},
         **{"seconds_per_image": usual["seconds_per_image"], "n": len(prompts), "cost": table},
     }
-    return Row(row, store.files, prompts.prompts, prompts.groups, same_noise=True, clips=first.ndim == 5)
+    found = Row(row, store.files, prompts.prompts, prompts.groups, same_noise=True, clips=first.ndim == 5)
+    if found.clips:
+        found.frames_per_second = sampler.frames_per_second
+    return found
 
 
 def _others(sampler: Sampler) -> list[str]:

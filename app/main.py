@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -15,10 +15,13 @@ from fewstep.app.options import (
     Dtype,
     Eta,
     Guidance,
+    Height,
+    NumFrames,
     Revision,
     Scheduler,
     Timesteps,
     Variant,
+    Width,
     numbers,
     quiet,
 )
@@ -101,6 +104,12 @@ def sample(
     scheduler: Scheduler = None,
     timesteps: Timesteps = None,
     eta: Eta = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="Of a teacher, what guidance leads away from. Default: none.")
+    ] = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: NumFrames = None,
     dtype: Dtype = "fp32",
     revision: Revision = None,
     variant: Variant = None,
@@ -121,7 +130,9 @@ def sample(
     from fewstep.app.sample import sample as run
 
     drawn = (source, prompt or [], prompts, steps, seed, n, out, guidance_scale, scheduler, own)
-    number = run(*drawn, revision=revision, variant=variant, dtype=dtype, eta=eta)
+    how: dict[str, Any] = {"revision": revision, "variant": variant, "dtype": dtype, "eta": eta}
+    how |= {"negative_prompt": negative_prompt, "height": height, "width": width, "num_frames": num_frames}
+    number = run(*drawn, **how)
     print(f"{out}: {number} image{'s' if number != 1 else ''} in {steps} step{'s' if steps != 1 else ''}")
 
 

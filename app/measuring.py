@@ -14,10 +14,13 @@ from fewstep.app.options import (
     Dtype,
     Eta,
     Guidance,
+    Height,
+    NumFrames,
     Revision,
     Scheduler,
     Timesteps,
     Variant,
+    Width,
     numbers,
     quiet,
 )
@@ -57,11 +60,9 @@ def evaluate(
     dtype: Dtype = "fp32",
     revision: Revision = None,
     variant: Variant = None,
-    height: Annotated[
-        int | None, typer.Option(help="Of pipelines' images, pixels. Default: the student's, or their own.", min=1)
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="The same.", min=1)] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Of pipelines' clips; the same.", min=1)] = None,
+    height: Height = None,
+    width: Width = None,
+    num_frames: NumFrames = None,
     teacher_steps: Annotated[int, typer.Option(help="Of the teacher that others are compared with.", min=1)] = 50,
     seed: Annotated[int, typer.Option(help="Of prompts and images.", min=0, max=2**63 - 1)] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch", help="Images sampled at once.", min=1)] = 16,

@@ -32,6 +32,11 @@ Eta = Annotated[
         help="Fresh noise in each step of the schedulers ddim and tcd, e.g. 0.3 of TCD's LoRA. Default: none."
     ),
 ]
+Height = Annotated[
+    int | None, typer.Option(help="Of images, pixels. Default: the student's, or the pipeline's own.", min=1)
+]
+Width = Annotated[int | None, typer.Option(help="The same.", min=1)]
+NumFrames = Annotated[int | None, typer.Option(help="Of clips; the same.", min=1)]
 Dtype = Annotated[
     str,
     typer.Option(

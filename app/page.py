@@ -1,6 +1,6 @@
 """report.html: the table, quality against calls and seconds, the same noise through every row, best and worst prompts.
 
-One file without scripts or anything from elsewhere: pictures are inside it, plots are SVG.
+One file without scripts or anything from elsewhere: pictures and moving ones are inside it, plots are SVG.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fewstep.app.plot import legend, plot
 from fewstep.app.rows import Row
 from fewstep.distill import checkpoint
 from fewstep.distill.metric_names import METRICS, OF_PROMPTS
-from fewstep.distill.picture import frames, to_image
+from fewstep.distill.picture import to_image
 from fewstep.distill.table import cells, costs, heading, labels, short
 
 COLUMNS = 8
@@ -28,6 +28,8 @@ SHOWN, SMALL = 128, 112
 """Pixels of their sides, and of those of the best and worst prompts."""
 EXTREMES = 4
 """Best and worst prompts of a row."""
+FRAMES = 16
+"""At most so many frames of a clip are shown."""
 
 LEGEND = (
     "Bold is the best of a column, unless all are alike; ± is one standard error; rows differ that are farther apart than twice "
@@ -174,7 +176,9 @@ def _grid(rows: Sequence[Row], names: Sequence[str]) -> str:
     for row, name in shown:
         images = row.images(range(min(COLUMNS, len(row.files))))
         prompts = (row.prompts or [""] * len(images))[: len(images)]
-        pictures = "".join(f"<td>{_picture(x, SHOWN, p)}</td>" for x, p in zip(images, prompts, strict=True))
+        pictures = "".join(
+            f"<td>{_picture(x, SHOWN, p, row.frames_per_second)}</td>" for x, p in zip(images, prompts, strict=True)
+        )
         said = row.row["scheduler"] + (f"<br>guidance {row.row['guidance']:g}" if row.row["role"] == "teacher" else "")
         lines.append(f"<tr><td>{escape(name)}<br><small>{said}</small></td>{pictures}</tr>")
     return (
@@ -201,8 +205,7 @@ def _extremes(rows: Sequence[Row], names: Sequence[str]) -> str:
         few = min(EXTREMES, len(order) // 2)
         halves = [("worst", order[:few]), ("best", order[::-1][:few])]
         said = "".join(
-            f"<div>{what}:</div>{_figures((row.images([members[p][0]])[0] for p in some), some, means)}"
-            for what, some in halves
+            f"<div>{what}:</div>{_figures(row, [(p, members[p][0], means[p]) for p in some])}" for what, some in halves
         )
         parts.append(f"<details{'' if parts else ' open'}><summary>{escape(name)}</summary>{said}</details>")
     if not parts:
@@ -213,35 +216,32 @@ def _extremes(rows: Sequence[Row], names: Sequence[str]) -> str:
     )
 
 
-def _figures(images: Iterable[Tensor], prompts: Sequence[str], means: dict[str, float]) -> str:
+def _figures(row: Row, shown: Iterable[tuple[str, int, float]]) -> str:
+    """Of (prompt, number of its image, mean)."""
     found = []
-    for image, prompt in zip(images, prompts, strict=True):
-        said = f"<b>{means[prompt]:.2f}</b> {escape(prompt)}"
-        found.append(
-            f'<figure style="width:{SMALL}px">{_picture(image, SMALL, prompt)}<figcaption>{said}</figcaption></figure>'
-        )
+    for prompt, number, mean in shown:
+        picture = _picture(row.images([number])[0], SMALL, prompt, row.frames_per_second)
+        said = f"<b>{mean:.2f}</b> {escape(prompt)}"
+        found.append(f'<figure style="width:{SMALL}px">{picture}<figcaption>{said}</figcaption></figure>')
     return f'<div class="few">{"".join(found)}</div>'
 
 
-def _picture(pixels: Tensor, side: int, about: str = "") -> str:
-    """An image (3, H, W) uint8, of a clip its middle frame, as an element that holds it."""
-    image = to_image(frames(pixels[None])[0])
-    scale = side / max(image.size)
-    small = scale >= 1
-    if not small:
-        size = (
-            max(1, round(2 * scale * image.width)),
-            max(1, round(2 * scale * image.height)),
-        )  # sharp on fine screens
-        image = image.resize(size, Image.Resampling.LANCZOS) if max(size) < max(image.size) else image
-    file = io.BytesIO()
-    if small:
-        image.save(file, "PNG", optimize=True)
+def _picture(pixels: Tensor, side: int, about: str, frames_per_second: float) -> str:
+    """An image (3, H, W) or a clip (F, 3, H, W), uint8, as an element that holds it; of a long clip every so many frames."""
+    every = -(-len(pixels) // FRAMES) if pixels.ndim == 4 else 1
+    image, *rest = [to_image(frame) for frame in (pixels[::every] if pixels.ndim == 4 else pixels[None])]
+    width, height = (max(1, round(v * side / max(image.size))) for v in image.size)
+    small = side >= max(image.size)
+    fine = (2 * width, 2 * height)  # sharp on fine screens
+    if not small and max(fine) < max(image.size):
+        image, *rest = [frame.resize(fine, Image.Resampling.LANCZOS) for frame in (image, *rest)]
+    file, kind = io.BytesIO(), "webp" if rest else "png" if small else "jpeg"
+    if rest:
+        milliseconds = round(1000 * every / frames_per_second)
+        image.save(file, kind, save_all=True, append_images=rest, duration=milliseconds, loop=0, lossless=small)
     else:
-        image.save(file, "JPEG", quality=88)
-    kind = "png" if small else "jpeg"
+        image.save(file, kind, optimize=True, quality=88)
     data = base64.b64encode(file.getvalue()).decode()
-    width, height = (round(v * side / max(image.size)) for v in image.size)
     square = ' class="square"' if small else ""
     return (
         f'<img{square} width="{width}" height="{height}" alt="{escape(about)}" src="data:image/{kind};base64,{data}">'

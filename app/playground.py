@@ -10,10 +10,13 @@ import os
 import socket
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from torch import nn
 
 from fewstep.app import sources
 from fewstep.app.clips import save_mp4
@@ -113,17 +116,18 @@ def page(shown: Sequence[Source], note: str | None = None) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, and at each launch
     import gradio as gr
 
+    stop = threading.Event()
     with gr.Blocks(title="fewstep playground", delete_cache=(3600, 24 * 3600), analytics_enabled=False) as demo:
         gr.Markdown("# fewstep playground", elem_classes="title")
         with gr.Tabs():
             for i, source in enumerate(shown):
                 with gr.Tab(source.name):
-                    comparison(source, f"sample_{i}" if i else "sample")
+                    comparison(source, f"sample_{i}" if i else "sample", stop)
         gr.Markdown(ABOUT if note is None else f"{ABOUT}<br>{note[0].upper()}{note[1:]}.")
     return demo
 
 
-def comparison(source: Source, endpoint: str) -> None:
+def comparison(source: Source, endpoint: str, stop: threading.Event) -> None:
     """A tab: what to draw above, teacher and student side by side below; programs ask `endpoint`."""
     import gradio as gr
 
@@ -139,15 +143,22 @@ def comparison(source: Source, endpoint: str) -> None:
         many = gr.Slider(1, highest, source.many_steps, step=1, label="Teacher's many steps", scale=3, min_width=270)
         takes = source.guidance_scale is not None
         guidance = gr.Number(source.guidance_scale, label="Guidance", scale=1, min_width=110, visible=takes)
-        button = gr.Button("Sample", variant="primary", scale=1, min_width=120)
+        with gr.Column(scale=1, min_width=120):
+            button = gr.Button("Sample", variant="primary")
+            halt = gr.Button("Stop")
+    with gr.Accordion("Size", open=False, visible=bool(source.size)), gr.Row():
+        sides = [
+            gr.Number(source.size.get(k), label=label, precision=0, minimum=1, visible=k in source.size)
+            for k, label in (("height", "Height"), ("width", "Width"), ("num_frames", "Frames"))
+        ]
     outputs: list[Any] = []
     with gr.Row():
         for label in source.labels:
             with gr.Column(min_width=220):
                 outputs += column(label, source.clips)
     event = {
-        "fn": requests(source),
-        "inputs": [prompt, seed, steps, many, guidance],
+        "fn": requests(source, stop),
+        "inputs": [prompt, seed, steps, many, guidance, *sides],
         "outputs": outputs,
         "concurrency_id": "device",  # one request at a time, whichever tab it comes from
         "trigger_mode": "always_last",  # what is asked for while another is drawn comes after it
@@ -155,6 +166,7 @@ def comparison(source: Source, endpoint: str) -> None:
         "show_progress_on": [c for c in outputs if isinstance(c, gr.Image)],
     }
     gr.on([button.click, prompt.submit, seed.submit], **event, api_name=endpoint)
+    halt.click(stop.set, queue=False, show_progress="hidden", api_visibility="private")
     if len(source.prompts) > 1:
         examples = gr.Examples([[p] for p in source.prompts], [prompt], label="Examples", api_visibility="private")
         examples.load_input_event.then(**event, api_name=f"{endpoint}_example", api_visibility="private")
@@ -190,14 +202,21 @@ def _usual(step_counts: Sequence[int]) -> int:
     return max((k for k in step_counts if k <= 4), default=step_counts[0])
 
 
-def requests(source: Source) -> Callable[..., Iterator[list[str | None]]]:
+def requests(source: Source, stop: threading.Event) -> Callable[..., Iterator[list[str | None]]]:
     """What a request to draw answers: of each column [a clip,] a picture and its cost, as soon as they are there."""
     import gradio as gr
 
     columns, each = len(source.labels), 3 if source.clips else 2
 
     def sample(
-        prompt: str, seed: int | None, steps: int | None, many_steps: int, guidance_scale: float | None
+        prompt: str,
+        seed: int | None,
+        steps: int | None,
+        many_steps: int,
+        guidance_scale: float | None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
     ) -> Iterator[list[str | None]]:
         """Draw the columns' pictures of a prompt from the noise of a seed."""
         try:
@@ -210,12 +229,23 @@ def requests(source: Source) -> Callable[..., Iterator[list[str | None]]]:
             if (guidance_scale or 0) < 0:
                 raise UserError(f"guidance {guidance_scale:g}: must be 0 or more")
             scale = source.guidance_scale if guidance_scale is None else guidance_scale
+            asked = {"height": height, "width": width, "num_frames": num_frames}
+            size: dict[str, Any] = {k: v for k, v in asked.items() if v not in (None, source.size.get(k))}
+            stop.clear()
             answer: list[str | None] = [None] * (each * columns)  # the pictures of the request before go
             yield answer
             with TemporaryDirectory() as folder:  # gradio copies what is yielded
                 for i in reversed(range(columns)):  # the quick ones come first
-                    sampler = source.sampler(source.labels[i], steps, int(many_steps or source.many_steps), scale)
-                    answer[each * i : each * (i + 1)] = drawn(sampler, prompt, seed, Path(folder))
+                    sampler = source.sampler(
+                        source.labels[i], steps, int(many_steps or source.many_steps), scale, **size
+                    )
+                    try:
+                        with stopped_by(stop, sampler.networks):
+                            answer[each * i : each * (i + 1)] = drawn(sampler, prompt, seed, Path(folder), size)
+                    except Stopped:
+                        answer[each * (i + 1) - 1] = "stopped"
+                        yield answer
+                        break
                     yield answer
         except Exception as error:
             if expected(error) is None:
@@ -225,12 +255,33 @@ def requests(source: Source) -> Callable[..., Iterator[list[str | None]]]:
     return sample
 
 
-def drawn(sampler: Sampler, prompt: str, seed: int, folder: Path) -> list[str]:
-    """Files in `folder`, [an MP4,] a picture (of a clip its frames in a row), and what it cost."""
+class Stopped(Exception):
+    """The user wants no more of a request."""
+
+
+@contextmanager
+def stopped_by(event: threading.Event, networks: Sequence[nn.Module]) -> Iterator[None]:
+    """Within the block the networks' next call after the event ends in `Stopped`."""
+
+    def ask(*args: Any) -> None:
+        if event.is_set():
+            raise Stopped
+
+    handles = [network.register_forward_pre_hook(ask) for network in networks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def drawn(sampler: Sampler, prompt: str, seed: int, folder: Path, size: Mapping[str, int | None]) -> list[str]:
+    """Files in `folder`, [an MP4,] a picture (of a clip its frames), and what it cost."""
     with counted(sampler.networks) as rows:
         images, seconds = timed(sampler, [prompt], [seed])
     steps = f"{sampler.steps} step{'s' if sampler.steps != 1 else ''}"
     guided = f", guidance {sampler.guidance:g}" if sampler.guidance != 1 else ""
+    sides = "".join(f", {k.replace('_', ' ')} {v}" for k, v in size.items())
     file = folder / f"{sampler.role}-{steps.replace(' ', '-')}-seed-{seed}.png"
     picture.save(grid(images, 1), file)
     clip = []
@@ -239,7 +290,7 @@ def drawn(sampler: Sampler, prompt: str, seed: int, folder: Path) -> list[str]:
     return [
         *clip,
         str(file),
-        f"**{sum(rows)} NFE, {seconds:.3f} s**<br>{steps}, {sampler.scheduler}{guided}, seed {seed}",
+        f"**{sum(rows)} NFE, {seconds:.3f} s**<br>{steps}, {sampler.scheduler}{guided}, seed {seed}{sides}",
     ]
 
 

@@ -38,6 +38,7 @@ class Row:
         scores: values of single images and prompts.
         clips: whether the files are clips: the name does not tell, a GIF, PNG or WebP may be either.
         lacks: lines on figures that a folder has no prompts for.
+        frames_per_second: of clips, where they are shown.
     """
 
     row: dict[str, Any]
@@ -48,6 +49,7 @@ class Row:
     scores: Scores = field(default_factory=Scores)
     clips: bool = False
     lacks: Sequence[str] = ()
+    frames_per_second: float = 16.0
 
     def images(self, numbers: Iterable[int]) -> Tensor:
         """Images (N, 3, H, W) or clips (N, F, 3, H, W) of these numbers, of one size, uint8."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +15,7 @@ from fewstep.distill.captions import read_captions
 from fewstep.distill.evaluation import Sampler, Teacher, revisions, student_folder, student_sampler
 from fewstep.distill.sources import valid
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import dtypes, load_student, parts, resolve, student_in
+from fewstep.samplers.load import denoiser_of, dtypes, load_student, parts, resolve, student_in
 from fewstep.samplers.manifest import MANIFEST, read_manifest
 
 ANIMATED = (".gif", ".webp")
@@ -30,8 +31,13 @@ def sampler_of(
     variant: str | None = None,
     dtype: str = "fp32",
     eta: float | None = None,
+    negative_prompt: str | None = None,
+    **size: int | None,
 ) -> Sampler:
-    """A student by its own plan, or a pipeline by a stock scheduler; revision and variant are the pipeline's or the base's."""
+    """A student by its own plan, or a pipeline by a stock scheduler; revision and variant are the pipeline's or the base's.
+
+    `size` is height, width, num_frames where they are not those of its training, or the pipeline's own.
+    """
     revision = revisions([source], revision)[source]
     if student_folder(source) is None:
         for lora in parts(source)[1]:
@@ -40,14 +46,25 @@ def sampler_of(
                     f"note: {lora} is a student of fewstep: here its LoRA alone, without its plan; sample {lora}",
                     file=sys.stderr,
                 )
-        teacher = Teacher(source, revision, variant, loading=dtypes(dtype))
-        return teacher.sampler(steps, guidance, scheduler, timesteps=timesteps, eta=eta)
-    for option, value in (("--scheduler", scheduler), ("--timesteps", timesteps), ("--eta", eta)):
+        teacher = Teacher(source, revision, variant, negative_prompt or "", dtypes(dtype), **size)
+        sampler = teacher.sampler(steps, guidance, scheduler, timesteps=timesteps, eta=eta)
+        if negative_prompt and (sampler.guidance <= 1 or denoiser_of(teacher.pipeline).takes_guidance):
+            raise UserError(
+                "--negative-prompt: only guidance by a second call leads away from one, at a --guidance-scale above 1; leave it out"
+            )
+        return sampler
+    own = (
+        ("--scheduler", scheduler),
+        ("--timesteps", timesteps),
+        ("--eta", eta),
+        ("--negative-prompt", negative_prompt),
+    )
+    for option, value in own:
         if value is not None:
             raise UserError(f"{option} {value}: {source} is a student, which samples by its own plan; leave it out")
     needs_base(source, revision, variant)
     student, manifest = load_student(source, variant=variant, revision=revision, **student_in(dtype))
-    return student_sampler(student, manifest, source, steps, guidance)
+    return student_sampler(student, manifest, source, steps, guidance, **size)
 
 
 def needs_base(student: str, revision: str | None, variant: str | None) -> None:
@@ -70,12 +87,11 @@ def sample(
     scheduler: str | None,
     timesteps: list[int] | None = None,
     batch_size: int = 16,
-    revision: str | None = None,
-    variant: str | None = None,
-    dtype: str = "fp32",
-    eta: float | None = None,
+    **how: Any,
 ) -> int:
-    """Write a picture: a row of n images for each prompt, image j from seed + j; of clips a row of frames each.
+    """Write a picture: a row of n images for each prompt, image j from seed + j; of clips the frames of each.
+
+    What `how` has is as `sampler_of` takes it.
 
     Returns:
         Number of images.
@@ -88,7 +104,7 @@ def sample(
     prompts = [valid(prompt, "prompt") for prompt in prompts]
     if out.is_dir():
         raise UserError(f"--out {out}: a folder; name a file in it")
-    sampler = sampler_of(source, steps, guidance, scheduler, timesteps, revision, variant, dtype, eta)
+    sampler = sampler_of(source, steps, guidance, scheduler, timesteps, **how)
     every = [(p, seed + j) for p in prompts for j in range(n)]
     drawn = []
     for i in range(0, len(every), batch_size):
@@ -103,7 +119,7 @@ def sample(
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """Images (N, 3, H, W) in rows of `columns`; clips (N, F, 3, H, W) as a row of frames each."""
+    """Images (N, 3, H, W) in rows of `columns`; clips (N, F, 3, H, W) by their frames."""
     if images.ndim == 5:
         return picture.sheet(images)
     rows = images.view(-1, columns, *images.shape[1:])  # (rows, columns, 3, H, W)

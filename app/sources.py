@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ class Source:
         guidance_scale: of the teacher likewise; None: it takes none.
         prompts: examples; none where the model takes no prompt.
         clips: whether it makes clips.
+        size: height, width and num_frames, unless the user changes them; of those that its pipeline's call takes.
     """
 
     name: str
@@ -58,18 +60,19 @@ class Source:
     guidance_scale: float | None
     prompts: list[str]
     clips: bool
+    size: dict[str, int]
 
     @property
     def labels(self) -> list[str]:
         """Of the pictures, from left to right."""
         return [MANY, FEW] if self.student is None else [MANY, FEW, STUDENT]
 
-    def sampler(self, label: str, steps: int, many_steps: int, guidance_scale: float | None) -> Sampler:
-        """Who draws the picture of a label; `guidance_scale` is the teacher's."""
+    def sampler(self, label: str, steps: int, many_steps: int, guidance_scale: float | None, **size: Any) -> Sampler:
+        """Who draws the picture of a label; `guidance_scale` is the teacher's, `size` what differs from the usual one."""
         if label == STUDENT:
             assert self.student is not None
-            return student_sampler(*self.student, self.name, steps)
-        return self.teacher.sampler(many_steps if label == MANY else steps, guidance_scale)
+            return student_sampler(*self.student, self.name, steps, **size)
+        return self.teacher.sampler(many_steps if label == MANY else steps, guidance_scale, **size)
 
 
 def newest_student(folder: Path = Path("runs")) -> str | None:
@@ -109,7 +112,7 @@ def load_source(name: str, revision: str | None = None, variant: str | None = No
         student, config, base = None, None, name
         teacher = Teacher(name, revision, variant, loading=loading)
         denoiser = denoiser_of(teacher.pipeline)
-        shape, step_counts = denoiser.latent_shape(), TEACHER_STEPS
+        step_counts: Sequence[int] = TEACHER_STEPS
     else:
         denoiser, manifest = load_student(name, variant=variant, revision=revision, **student_in(dtype))
         student, config, base = (denoiser, manifest), _config(folder), manifest.base
@@ -117,7 +120,6 @@ def load_source(name: str, revision: str | None = None, variant: str | None = No
             teacher = teacher_of(manifest, config.negative_prompt if config else "", revision, variant, loading)
         except UserError as error:
             raise UserError(f"{name}: its teacher, to be shown beside it, cannot be loaded; {error}") from error
-        shape = denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)
         step_counts = sorted(manifest.plans)
     source = Source(
         name=name,
@@ -127,11 +129,22 @@ def load_source(name: str, revision: str | None = None, variant: str | None = No
         many_steps=max(config.report_teacher_steps) if config else 50,
         guidance_scale=config.teacher_guidance if config and teacher.guidance_scale else teacher.guidance_scale,
         prompts=examples(base, config, denoiser.examples) if denoiser.takes_prompts else [],
-        clips=len(shape) == 4,
+        clips=denoiser.clips,
+        size=sides(denoiser, student[1] if student else None),
     )
     for label in source.labels[1:]:
         source.sampler(label, step_counts[0], 1, source.guidance_scale).images([*source.prompts, ""][:1], [0])
     return source
+
+
+def sides(denoiser: Denoiser, manifest: Manifest | None) -> dict[str, int]:
+    """Height, width and number of frames of a student's samples, or of its pipeline's; those that the call takes."""
+    height, width, frames = (manifest.height, manifest.width, manifest.num_frames) if manifest else (None, None, None)
+    found: dict[str, int] = dict(zip(("height", "width"), denoiser.pixels(height, width), strict=True))
+    if of_clips := denoiser.frames(frames):
+        found["num_frames"] = of_clips[0]
+    takes = inspect.signature(type(denoiser.pipeline).__call__).parameters
+    return {k: v for k, v in found.items() if k in takes}
 
 
 def _config(student: Path) -> TrainConfig | None:

@@ -125,10 +125,12 @@ class Teacher:
         spacing: str | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float | None = None,
+        **size: int | None,
     ) -> Sampler:
         """The teacher in `steps` steps; guidance defaults to the pipeline's, the rest to the best known for few steps.
 
-        A pipeline that takes no guidance scale is sampled, and said to be, without.
+        A pipeline that takes no guidance scale is sampled, and said to be, without. `size` is for once what it is at
+        construction.
         """
         if steps < 1:
             raise UserError(f"steps {steps}: must be at least 1")
@@ -152,11 +154,12 @@ class Teacher:
             raise UserError(f"eta: {type(solver).__name__} has none; scheduler ddim or tcd does")
         how = [spacing] if timesteps is None else [",".join(map(str, timesteps))]
         how = ", ".join([*filter(None, how), *([] if eta is None else [f"eta {eta:g}"])])
+        sides = self.size | {k: v for k, v in size.items() if v is not None}
 
         def images(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
             self.pipeline.scheduler = solver
             return stock_images(
-                self.pipeline, prompts, seeds, steps, scale, self.negative_prompt, timesteps, eta, **self.size
+                self.pipeline, prompts, seeds, steps, scale, self.negative_prompt, timesteps, eta, **sides
             )
 
         names = family(type(self.pipeline).__name__).network_names
@@ -179,12 +182,20 @@ def teacher_of(
 
 
 def student_sampler(
-    denoiser: Denoiser, manifest: Manifest, source: str, steps: int, guidance: float | None = None
+    denoiser: Denoiser,
+    manifest: Manifest,
+    source: str,
+    steps: int,
+    guidance: float | None = None,
+    **size: int | None,
 ) -> Sampler:
     """A student in `steps` steps by its own plan; `guidance` only where it is an input of the student.
 
+    `size` is height, width, num_frames where they are not those of its training.
+
     Raises:
-        UserError: a step count that it does not declare, or a guidance scale that it does not take.
+        UserError: a step count that it does not declare, a guidance scale that it does not take, or a size that its
+            pipeline does not.
     """
     plan = manifest.plan(steps)
     if guidance is not None:
@@ -192,7 +203,11 @@ def student_sampler(
             raise UserError(f"{source}: the student takes no guidance scale; it was trained at a fixed one")
         plan = plan.model_copy(update={"embedded_guidance": guidance})
     denoiser.to(device())
-    shape = denoiser.latent_shape(manifest.height, manifest.width, manifest.num_frames)
+    takes = inspect.signature(type(denoiser.pipeline).__call__).parameters
+    if unknown := [k for k, v in size.items() if v is not None and k not in takes]:
+        raise UserError(f"{manifest.pipeline} takes no {', '.join(unknown)}")
+    sides = (size.get(k) or getattr(manifest, k) for k in ("height", "width", "num_frames"))
+    shape = denoiser.latent_shape(*sides)
     scale = plan.embedded_guidance if plan.embedded_guidance is not None else plan.steps[0].guidance_scale
 
     def images(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:

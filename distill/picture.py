@@ -20,6 +20,8 @@ from fewstep.samplers.errors import UserError
 THUMB = 112
 GAP = 6
 LABEL = 190
+FRAMES = 16
+"""Frames of a clip side by side: a picture of more is wider than viewers and formats take."""
 INK, PAPER, PALE = (25, 25, 25), (255, 255, 255), (110, 110, 110)
 
 
@@ -71,14 +73,19 @@ def labelled(rows: Sequence[tuple[str, str, Tensor]], heads: Sequence[str]) -> I
 
 
 def sheet(images: Tensor) -> Image.Image:
-    """Every image (N, 3, H, W) uint8 side by side without gaps, rows of ceil(sqrt(N)); of clips a row of frames each."""
-    columns = images.shape[1] if images.ndim == 5 else math.ceil(math.sqrt(len(images)))
-    flat = images.flatten(0, 1) if images.ndim == 5 else images
-    n, channels, height, width = flat.shape
+    """Every image (N, 3, H, W) uint8 side by side without gaps, rows of ceil(sqrt(N)); of clips the frames, 16 in a row."""
+    if images.ndim == 4:
+        return _sheet(images[None], math.ceil(math.sqrt(len(images))))
+    return _sheet(images, min(FRAMES, images.shape[1]))
+
+
+def _sheet(groups: Tensor, columns: int) -> Image.Image:
+    """Groups (G, N, 3, H, W), each in rows of its own, black where the last of them is not full."""
+    g, n, channels, height, width = groups.shape
     lines = -(-n // columns)
-    padded = torch.cat([flat, flat.new_zeros(lines * columns - n, channels, height, width)])
-    grid = padded.view(lines, columns, channels, height, width).permute(2, 0, 3, 1, 4)
-    return to_image(grid.reshape(channels, lines * height, columns * width))
+    padded = torch.cat([groups, groups.new_zeros(g, lines * columns - n, channels, height, width)], 1)
+    grid = padded.view(g * lines, columns, channels, height, width).permute(2, 0, 3, 1, 4)
+    return to_image(grid.reshape(channels, g * lines * height, columns * width))
 
 
 def cut(picture: Image.Image, n: int, height: int, width: int) -> Tensor:

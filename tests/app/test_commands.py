@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,6 +62,37 @@ def test_sample_of_a_teacher_is_its_stock_pipeline(fewstep: Command, teacher: Pa
     assert np.abs(pixels(out) - np.rint(np.concatenate(list(images), 1) * 255)).max() <= 1
 
 
+def test_sample_of_another_size_and_away_from_a_prompt(fewstep: Command, trained: Path, teacher: Path, tmp_path: Path):
+    """As the stock pipeline's call with the same arguments; of a LoRA student, as in plain diffusers with its LoRA."""
+    from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+
+    shared, size = ("-p", PROMPTS[0], "--seed", 1, "-n", 1, "--steps", 2), ("--height", 32, "--width", 96)
+    out, given = tmp_path / "a.png", {"height": 32, "width": 96, "output_type": "np"}
+    noise = torch.Generator().manual_seed(1)
+
+    def same(pipe: Any, **arguments: Any) -> None:
+        (image,) = pipe([PROMPTS[0]], num_inference_steps=2, generator=[noise.manual_seed(1)], **given, **arguments)[0]
+        assert pixels(out).shape == (32, 96, 3)
+        assert np.abs(pixels(out) - np.rint(image * 255)).max() <= 1
+
+    away = ("--negative-prompt", PROMPTS[1], "--guidance-scale", 3, "--scheduler", "ddim")
+    assert fewstep("sample", teacher, *shared, *size, *away, "--out", out).code == 0
+    pipe = StableDiffusionPipeline.from_pretrained(teacher)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.set_progress_bar_config(disable=True)
+    same(pipe, guidance_scale=3, negative_prompt=[PROMPTS[1]])
+    before = pixels(out)
+    assert fewstep("sample", teacher, *shared, *size, *away[2:], "--out", out).code == 0
+    assert np.abs(pixels(out) - before).max() > 1
+    assert fewstep("sample", trained, *shared, *size, "--out", out).code == 0
+    pipe.load_lora_weights(trained / "student", weight_name="pytorch_lora_weights.safetensors")
+    pipe.scheduler = LCMScheduler.from_pretrained(trained / "student", subfolder="scheduler")
+    same(pipe, guidance_scale=1)
+    answer = fewstep("sample", teacher, *shared, *away[:2], "--guidance-scale", 1)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("--negative-prompt: only guidance by a second call leads away from one")
+
+
 def test_clips_become_an_animation_or_rows_of_frames(tmp_path: Path):
     from fewstep.app.sample import grid, save_clips
 
@@ -80,6 +112,9 @@ def test_clips_become_an_animation_or_rows_of_frames(tmp_path: Path):
         (["-p", "x", "--guidance-scale", "3"], "takes no guidance scale"),
         (["-p", "x", "--out", "a.txt"], "--out a.txt: must end in .png"),
         ([], "no prompt: say -p PROMPT"),
+        (["-p", "x", "--negative-prompt", "y"], "is a student, which samples by its own plan; leave it out"),
+        (["-p", "x", "--steps", "2", "--num-frames", "5"], "StableDiffusionPipeline takes no num_frames"),
+        (["-p", "x", "--steps", "2", "--height", "63"], "both must be divisible by"),
     ],
 )
 def test_sample_refuses_in_one_line(fewstep: Command, trained: Path, arguments: list[str], said: str):

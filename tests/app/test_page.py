@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from html.parser import HTMLParser
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fewstep.app.page import write
 from fewstep.app.plot import BOTTOM, HEIGHT, TOP, plot, ticks
@@ -45,6 +49,24 @@ def test_sources_of_one_name_are_two_lines_and_pictures_may_have_any_size(tmp_pa
     assert "student a/student" in html
     assert "student b/student" in html
     assert html.count("<polyline") == 8  # of two figures, against two costs, for each source
+
+
+def test_clips_move_at_their_own_rate(tmp_path: Path):
+    """Of 40 frames every third, a second of 24 frames in a second; small ones bit for bit."""
+    clips = torch.randint(0, 256, (4, 40, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    store = Store(tmp_path, Path("c"), {}, 4, True)
+    store.add(range(4), clips, Cost(4, 0.4, 4, None))
+    still = row(tmp_path, "student", 2, 7.0, [4.0, 3.0, 9.0, 1.0], 90)
+    moving = Row(still.row, store.files, PROMPTS, still.groups, True, still.scores, clips=True, frames_per_second=24)
+    write(tmp_path / "report.html", {"n": 4, "seeds": [0], "prompts": "p.txt", "rows": [moving.row]}, [moving])
+    found = re.findall(r"data:image/webp;base64,([^\"]+)", (tmp_path / "report.html").read_text())
+    assert len(found) == 4 + 4  # of the grid, and the worst and best two prompts
+    shown = Image.open(BytesIO(base64.b64decode(found[1])))
+    assert shown.n_frames == 14
+    shown.seek(2)
+    shown.load()
+    assert shown.info["duration"] == round(1000 * 3 / 24)
+    assert torch.equal(torch.from_numpy(np.array(shown.convert("RGB"))).permute(2, 0, 1), clips[1, 6])
 
 
 @pytest.fixture

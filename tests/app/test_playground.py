@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,6 +93,34 @@ def test_pictures_come_one_by_one_and_the_students_first(page: Page):
     assert there[-1] == [True, True, True]
 
 
+def test_a_size_is_that_of_every_column(page: Page, fewstep: Command, trained: Path, tmp_path: Path):
+    size, out = {"height": 32, "width": 96}, tmp_path / "a.png"
+    *others, student, said = page.ask("/sample", seed=5, steps=2, many_steps=3, **size)
+    assert said.endswith("consistency, seed 5, height 32, width 96")
+    options = ("-p", PROMPT, "--seed", 5, "--steps", 2, "-n", 1, "--height", 32, "--width", 96, "--out", out)
+    assert fewstep("sample", trained, *options).code == 0
+    assert np.array_equal(pixels(Path(student)), pixels(out))
+    assert [pixels(Path(p)).shape for p in others[::2]] == [(32, 96, 3)] * 2
+    *_, frames_, _ = page.ask("/sample_2", seed=1, steps=4, many_steps=1, num_frames=9)
+    assert pixels(Path(frames_)).shape == (64, 9 * 64, 3)
+
+
+def test_a_request_that_is_stopped_keeps_what_is_there(trained: Path):
+    stop = threading.Event()
+    sample = playground.requests(sources.load_source(str(trained)), stop)
+    request = sample(PROMPT, 0, 2, 50, None)
+    stop.set()  # of the request before
+    assert next(request) == [None] * 6
+    assert all(next(request)[4:])
+    stop.set()
+    few, few_said, student, said = next(request)[2:]
+    assert (few, few_said) == (None, "stopped")
+    assert Path(student).is_file()
+    assert said.startswith("**2 NFE")
+    assert not list(request)
+    assert all(list(sample(PROMPT, 0, 2, 3, None))[-1])
+
+
 def test_controls_offer_what_the_source_has(page: Page, trained: Path):
     """Step counts of the manifest, many steps and guidance of the run's report; a pipeline takes any count."""
     parts = page.client.config["components"]
@@ -114,6 +143,7 @@ def test_controls_offer_what_the_source_has(page: Page, trained: Path):
         ({"seed": -1}, "seed -1: must be a whole number"),
         ({"steps": 3}, r"3 .* not in the list of choices: \[2, 4\]"),
         ({"many_steps": 0}, "0 is less than"),
+        ({"height": 63}, "both must be divisible by"),
     ],
 )
 def test_a_failing_request_is_one_line_and_the_page_lives(page: Page, inputs: dict[str, Any], said: str):

@@ -26,6 +26,16 @@ def test_a_clip_is_a_row_of_its_frames():
     assert torch.equal(cut(picture, 6, 4, 4).view_as(clips), clips)
 
 
+def test_a_long_clip_has_rows_of_its_own():
+    """Rows of 16, so that 81 frames of 832 pixels stay within what a viewer, JPEG and WebP take."""
+    clips = torch.randint(0, 256, (2, 19, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = sheet(clips)
+    assert picture.size == (64, 16)
+    first, second = (cut(picture.crop((0, top, 64, top + 8)), 19, 4, 4) for top in (0, 8))
+    assert torch.equal(first, clips[0])
+    assert torch.equal(second, clips[1])
+
+
 def test_large_images_are_shrunk_and_small_ones_enlarged():
     heads = ["a long prompt that does not fit in one line of the picture"] * 2
     for side, shown in ((64, 128), (16, 112), (512, 112)):
