@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from fewstep.distill.captions import read_prompts
-from fewstep.distill.config import TrainConfig, validate
 from fewstep.distill.evaluation import Sampler, Teacher, student_folder, student_sampler, teacher_of
 from fewstep.distill.prompt_sets import EXAMPLES
 from fewstep.samplers.denoisers.base import Denoiser
@@ -109,26 +108,28 @@ def load_source(name: str, revision: str | None = None, variant: str | None = No
     """
     folder, loading = student_folder(name), dtypes(dtype)
     if folder is None:
-        student, config, base = None, None, name
+        student, base = None, name
         teacher = Teacher(name, revision, variant, loading=loading)
         denoiser = denoiser_of(teacher.pipeline)
         step_counts: Sequence[int] = TEACHER_STEPS
     else:
         denoiser, manifest = load_student(name, variant=variant, revision=revision, **student_in(dtype))
-        student, config, base = (denoiser, manifest), _config(folder), manifest.base
+        student, base = (denoiser, manifest), manifest.base
         try:
-            teacher = teacher_of(manifest, config.negative_prompt if config else "", revision, variant, loading)
+            teacher = teacher_of(manifest, negative_prompt(folder), revision, variant, loading)
         except UserError as error:
             raise UserError(f"{name}: its teacher, to be shown beside it, cannot be loaded; {error}") from error
         step_counts = sorted(manifest.plans)
+    told = _told(folder) if folder else {}
+    guidance = run_guidance(folder) if folder and teacher.guidance_scale else None
     source = Source(
         name=name,
         teacher=teacher,
         student=student,
         step_counts=step_counts,
-        many_steps=max(config.report_teacher_steps) if config else 50,
-        guidance_scale=config.teacher_guidance if config and teacher.guidance_scale else teacher.guidance_scale,
-        prompts=examples(base, config, denoiser.examples) if denoiser.takes_prompts else [],
+        many_steps=max(told.get("report_teacher_steps") or [50]),
+        guidance_scale=teacher.guidance_scale if guidance is None else guidance,
+        prompts=examples(base, told.get("validation_prompts"), denoiser.examples) if denoiser.takes_prompts else [],
         clips=denoiser.clips,
         size=sides(denoiser, student[1] if student else None),
     )
@@ -147,14 +148,8 @@ def sides(denoiser: Denoiser, manifest: Manifest | None) -> dict[str, int]:
     return {k: v for k, v in found.items() if k in takes}
 
 
-def _config(student: Path) -> TrainConfig | None:
-    """The config of a student's run, if it still lies in one."""
-    values = _values(student)
-    return None if values is None else validate(values, str(student.parent / "config.yaml"))
-
-
 def negative_prompt(student: Path) -> str:
-    """Of a student's run, where it still lies in one: an older one, too, whose other keys are no longer known."""
+    """Of a student's run, where it still lies in one."""
     return str(_told(student).get("negative_prompt") or "")
 
 
@@ -166,23 +161,20 @@ def run_guidance(student: Path) -> float | None:
 
 
 def _told(student: Path) -> dict[str, Any]:
-    values = _values(student)
+    """The config of a student's run, not checked: its method or keys may be another version's, or a user's own."""
+    path = student.parent / "config.yaml"
+    if student.name != "student" or not path.is_file():
+        return {}
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as a run's config ({type(error).__name__})") from error
     return values if isinstance(values, dict) else {}
 
 
-def _values(student: Path) -> Any:
-    path = student.parent / "config.yaml"
-    if student.name != "student" or not path.is_file():
-        return None
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as a run's config ({type(error).__name__})") from error
-
-
-def examples(base: str, config: TrainConfig | None, usual: Sequence[str] = ()) -> list[str]:
+def examples(base: str, previews: Sequence[str] | None = None, usual: Sequence[str] = ()) -> list[str]:
     """Prompts that the model was made for: its run's, and those that the teacher's folder carries; else `usual`, or any."""
-    own = list(config.validation_prompts or [])[:4] if config else []
+    own = list(previews or [])[:4]
     if (carried := Path(resolve(base)) / EXAMPLES).is_file():
         own += read_prompts(str(carried))
     return list(dict.fromkeys(own)) or list(usual or PROMPTS)

@@ -302,16 +302,14 @@ def test_a_taken_port_is_one_line(fewstep: Command, teacher: Path):
 
 def test_examples_are_what_a_run_was_made_for(tmp_path: Path):
     """Prompts of the run's previews first, then those that its teacher's folder carries, whatever the folder is called."""
-    from fewstep.distill.config import validate
     from fewstep.distill.prompt_sets import EMBEDDED, example_captions
 
-    config = validate({"method": "dmd2", "teacher": "embedded:emoji", "validation_prompts": ["a bird"]})
     copied = shutil.copytree(resolve("embedded:emoji"), tmp_path / "mine")
     for base in ("embedded:emoji", str(copied)):
-        assert sources.examples(base, config) == ["a bird", *example_captions()]
-        assert sources.examples(base, None) == example_captions()
+        assert sources.examples(base, ["a bird"]) == ["a bird", *example_captions()]
+        assert sources.examples(base) == example_captions()
     assert [sum(c in captions() for c in example_captions()) for captions in EMBEDDED.values()] == [2, 2, 2]
     (copied / "prompts.txt").unlink()
     for base in (str(copied), "org/name"):
-        assert sources.examples(base, None) == list(sources.PROMPTS)
+        assert sources.examples(base) == list(sources.PROMPTS)
         assert sources.examples(base, None, ["207"]) == ["207"]
