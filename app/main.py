@@ -97,7 +97,7 @@ def sample(
         int, typer.Option(help="Of the first image of a prompt; the next has the next.", min=0, max=2**63 - 1)
     ] = 0,
     n: Annotated[int, typer.Option("-n", help="Images of each prompt.", min=1)] = 8,
-    out: Annotated[Path, typer.Option(help="The picture: .png, .jpg, and for clips .gif or .webp.")] = Path(
+    out: Annotated[Path, typer.Option(help="The picture: .png, .jpg, and for clips .mp4, .webp or .gif.")] = Path(
         "sample.png"
     ),
     guidance_scale: Guidance = None,

@@ -6,19 +6,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.app.clips import save_mp4
 from fewstep.distill import picture
 from fewstep.distill.captions import read_captions
 from fewstep.distill.evaluation import Sampler, Teacher, revisions, student_folder, student_sampler
 from fewstep.distill.sources import valid
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import denoiser_of, dtypes, load_student, parts, resolve, student_in
+from fewstep.samplers.load import denoiser_of, dtypes, family, load_student, parts, resolve, student_in
 from fewstep.samplers.manifest import MANIFEST, read_manifest
 
-ANIMATED = (".gif", ".webp")
+STILL, ANIMATED = (".png", ".jpg", ".jpeg"), (".mp4", ".webp", ".gif")
 
 
 def sampler_of(
@@ -96,8 +98,8 @@ def sample(
     Returns:
         Number of images.
     """
-    if out.suffix.lower() not in (".png", ".jpg", ".jpeg", *ANIMATED):
-        raise UserError(f"--out {out}: must end in .png, .jpg, .gif or .webp")
+    if (suffix := out.suffix.lower()) not in (*STILL, *ANIMATED):
+        raise UserError(f"--out {out}: must end in .png or .jpg, of clips also in .mp4, .webp or .gif")
     prompts = prompts + (read_captions(file) if file else [])
     if not prompts:
         raise UserError("no prompt: say -p PROMPT, or --prompts FILE with one prompt a line")
@@ -105,13 +107,16 @@ def sample(
     if out.is_dir():
         raise UserError(f"--out {out}: a folder; name a file in it")
     sampler = sampler_of(source, steps, guidance, scheduler, timesteps, **how)
+    clips = family(type(sampler.pipeline).__name__).clips
+    if suffix == ".mp4" and not clips:
+        raise UserError(f"--out {out}: {source} makes images; name a .png")
     every = [(p, seed + j) for p in prompts for j in range(n)]
     drawn = []
     for i in range(0, len(every), batch_size):
         batch = every[i : i + batch_size]
         drawn.append(sampler.images([p for p, _ in batch], [s for _, s in batch]))
     images = (torch.cat(drawn) * 255).round().to(torch.uint8)
-    if out.suffix.lower() in ANIMATED and images.ndim == 5:
+    if suffix in ANIMATED and clips:
         save_clips(images, n, out, sampler.frames_per_second)
     else:
         picture.save(grid(images, n), out)
@@ -127,7 +132,11 @@ def grid(images: Tensor, columns: int) -> Image.Image:
 
 
 def save_clips(clips: Tensor, columns: int, out: Path, frames_per_second: float) -> None:
-    """Clips (N, F, 3, H, W) side by side as one animation."""
-    first, *rest = [grid(clips[:, f], columns) for f in range(clips.shape[1])]
+    """Clips (N, F, 3, H, W) in rows of `columns` as one that plays."""
+    first, *rest = frames = [grid(clips[:, f], columns) for f in range(clips.shape[1])]
     with picture.replaced(out) as new:
-        first.save(new, save_all=True, append_images=rest, duration=round(1000 / frames_per_second), loop=0)
+        if out.suffix.lower() == ".mp4":
+            pixels = torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames])
+            save_mp4(pixels, new, frames_per_second)
+        else:
+            first.save(new, save_all=True, append_images=rest, duration=round(1000 / frames_per_second), loop=0)

@@ -20,6 +20,7 @@ from fewstep.distill import picture
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import load, load_student
 from tests.app.conftest import Answer
+from tests.app.test_clips import frames
 
 Command = Callable[..., Answer]
 PROMPTS = ("a fruit on a blue background", "a bird on a red background")
@@ -102,6 +103,10 @@ def test_clips_become_an_animation_or_rows_of_frames(tmp_path: Path):
         assert (animation.n_frames, animation.size, animation.info["duration"]) == (3, (16, 8), 100)
         animation.seek(2)
         assert [animation.convert("RGB").getpixel(p) for p in ((0, 0), (8, 0))] == [(80,) * 3, (200,) * 3]
+    save_clips(clips, 1, tmp_path / "a.mp4", 10)  # one below the other
+    meta, played = frames(tmp_path / "a.mp4")
+    assert (meta["fps"], played.shape) == (10, (3, 16, 8, 3))
+    assert np.abs(played[:, [0, 8], 0, 0] - [[0, 120], [40, 160], [80, 200]]).max() <= 4
     assert [grid(clips, 2).getpixel((8 * i, 8)) for i in range(3)] == [(120,) * 3, (160,) * 3, (200,) * 3]
 
 
@@ -111,6 +116,7 @@ def test_clips_become_an_animation_or_rows_of_frames(tmp_path: Path):
         (["-p", "x", "--scheduler", "ddim"], "is a student, which samples by its own plan; leave it out"),
         (["-p", "x", "--guidance-scale", "3"], "takes no guidance scale"),
         (["-p", "x", "--out", "a.txt"], "--out a.txt: must end in .png"),
+        (["-p", "x", "--steps", "2", "--out", "a.mp4"], "makes images; name a .png"),
         ([], "no prompt: say -p PROMPT"),
         (["-p", "x", "--negative-prompt", "y"], "is a student, which samples by its own plan; leave it out"),
         (["-p", "x", "--steps", "2", "--num-frames", "5"], "StableDiffusionPipeline takes no num_frames"),

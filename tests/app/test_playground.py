@@ -178,6 +178,9 @@ def test_a_clip_plays_beside_its_frames(page: Page, fewstep: Command, tmp_path: 
     assert fewstep("sample", page.clip, "-p", PROMPT, "--seed", 1, "--steps", 4, "-n", 1, "--out", out).code == 0
     assert np.array_equal(pixels(Path(picture)), pixels(out))
     assert said.startswith("**8 NFE, ")  # its plan has guidance
+    mp4 = out.with_suffix(".mp4")
+    assert fewstep("sample", page.clip, "-p", PROMPT, "--seed", 1, "--steps", 4, "-n", 1, "--out", mp4).code == 0
+    assert np.array_equal(frames(mp4)[1], frames(Path(video["video"] if isinstance(video, dict) else video))[1])
     path = Path(video["video"] if isinstance(video, dict) else video)
     assert path.suffix == ".mp4"
     meta, played = frames(path)
