@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,12 @@ from fewstep.distill import checkpoint
 from fewstep.distill.config import TrainConfig
 from fewstep.distill.distiller import Distiller
 from fewstep.distill.efficiency import autocast
+from fewstep.distill.environment import FILE, KEPT, environment, note, noted
 from fewstep.distill.objectives.levels import many_steps
 from fewstep.samplers.condition import Condition
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.manifest import check_weights, read_manifest
+from fewstep.samplers.manifest import check_weights, read_manifest, same_weights
 from fewstep.samplers.plan import SamplingPlan, sample
 from fewstep.samplers.router import ROUTER
 
@@ -111,19 +110,6 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(held)
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware."""
-    packages = {}
-    for name in ("fewstep", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count(), "gpu": gpu}
-    return {"python": platform.python_version(), "packages": packages, **machine}
-
-
 def check_tracker(name: str | None) -> None:
     """UserError for a tracker that accelerate does not know, or whose package it would miss without a word."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -163,6 +149,8 @@ class Record:
         if (self.folder / ROUTER).is_file():
             raise UserError(f"{self.folder}: holds a run of several students (parts); name=OTHER starts another")
         self._goes_on = begun
+        if begun and noted(self.folder).get("moved"):
+            raise UserError(f"{self.folder}: its teacher's weights changed while it trained; name=OTHER starts another")
         if begun:
             then = refuse_changes(self.folder, self.config)
             self._same_rows(then, now)
@@ -171,49 +159,50 @@ class Record:
                 self.say(
                     f"lr_scheduler {self.config.lr_scheduler}: falls to iteration {ends[1]} now, and no more to {ends[0]}"
                 )
-        elif not (self.folder / "environment.json").is_file():
+        elif not (self.folder / FILE).is_file():
             refuse_foreign(self.folder)
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         if self.accelerator.is_main_process:
-            then = self._noted() if begun else {}
+            then = noted(self.folder) if begun else {}
             found = environment() | {"processes": self.accelerator.num_processes}
-            found |= {"data": then["data"]} if "data" in then else {}
+            # by which its config is known for a run's own, should the disk be full before that is written
+            note(self.folder, found | {k: v for k, v in then.items() if k in KEPT})
             with checkpoint.writing(self.folder, "set output_dir"):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                # by which its config is known for a run's own, should the disk be full before that is written
-                self._note(found)
                 checkpoint.write_text(written, yaml.safe_dump(now, sort_keys=False))
         self.accelerator.wait_for_everyone()
         if self.config.report_to:
             self.accelerator.init_trackers("fewstep")
 
-    def _noted(self) -> dict[str, Any]:
-        """What environment.json says; nothing where it is lost."""
-        try:
-            return dict(json.loads((self.folder / "environment.json").read_text()))
-        except (OSError, ValueError, TypeError):
-            return {}
-
-    def _note(self, found: dict[str, Any]) -> None:
-        checkpoint.write_text(self.folder / "environment.json", json.dumps(found, indent=2))
-
     def same_data(self, captions: Sequence[str], samples: int) -> None:
         """Note what a run learns from; UserError where a resumed one would go on with other captions, or other many samples."""
         digest = sha256("\0".join(captions).encode("utf-8", "surrogatepass")).hexdigest()
-        noted, now = self._noted(), {"samples": samples, "captions": digest}
-        then = noted.get("data", now) if self._goes_on else now
-        if then != now:
-            raise UserError(f"{self.folder}: cannot be resumed with other samples or captions than it began with")
+        now = {"samples": samples, "captions": digest}
+        self._same("data", now, self._before("data", now) == now, "other samples or captions")
+
+    def same_teacher(self, mark: str) -> None:
+        """Note the teacher's fingerprint; UserError where a resumed run would go on with another's weights."""
+        self._same("teacher", mark, same_weights(self._before("teacher", mark), mark), "other weights of its teacher")
+
+    def teacher_moved(self) -> None:
+        """Note that the teacher's weights changed: no checkpoint of this run is worth going on with."""
+        if self.accelerator.is_main_process:
+            note(self.folder, noted(self.folder) | {"moved": True})
+
+    def _before(self, key: str, now: Any) -> Any:
+        """What a resumed run began with, as far as it is known."""
+        return noted(self.folder).get(key, now) if self._goes_on else now
+
+    def _same(self, key: str, now: Any, same: bool, what: str) -> None:
+        if not same:
+            raise UserError(f"{self.folder}: cannot be resumed with {what} than it began with")
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         if self.accelerator.is_main_process:
-            with checkpoint.writing(self.folder, "set output_dir"):
-                self._note(noted | {"data": now})
+            note(self.folder, noted(self.folder) | {key: now})
 
     def _same_rows(self, then: dict[str, Any], now: dict[str, Any]) -> None:
         """UserError where iterations would have other rows than before: on another number of processes, say."""
         processes = self.accelerator.num_processes
-        noted = self._noted().get("processes")
-        before = noted if isinstance(noted, int) else processes
+        before = noted(self.folder).get("processes", processes)
         keys = ("train_batch_size", "gradient_accumulation_steps")
         were, are = ([c.get(k, now[k]) for k in keys] + [n] for c, n in ((then, before), (now, processes)))
         if math.prod(were) != math.prod(are):

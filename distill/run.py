@@ -24,6 +24,7 @@ from fewstep.distill.data import DataSet
 from fewstep.distill.distiller import Distiller
 from fewstep.distill.family_config import DistributionMatchingConfig
 from fewstep.distill.files import source
+from fewstep.distill.interrupt import Interrupted
 from fewstep.distill.methods import distiller, why_not
 from fewstep.distill.networks import Networks
 from fewstep.distill.objectives import regression
@@ -32,6 +33,7 @@ from fewstep.distill.record import Record, check_tracker, locked, pixels_shape
 from fewstep.distill.student_start import said, starts_of, student_start
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import class_of, denoiser_of, family, load, parts, resolve
 from fewstep.samplers.manifest import Manifest, fingerprint, holds_lora
 from fewstep.samplers.skeleton import networks as networks_alone
@@ -95,6 +97,15 @@ def refuse_backbone(config: TrainConfig, backbone: type[Denoiser]) -> None:
         raise ConfigError(f"config: num_frames: {config.num_frames}; this teacher makes images, leave it out")
     if reason := why_not(config, backbone):
         raise ConfigError(f"config: method {config.method}: {reason}")
+
+
+def still(record: Record, weights: Mapping[str, int], teacher: Denoiser) -> None:
+    """`check_unmoved`, after which a run whose teacher moved is never gone on with."""
+    try:
+        safeguards.check_unmoved(weights, teacher)
+    except UserError:
+        record.teacher_moved()
+        raise
 
 
 def methods_distiller(config: TrainConfig, networks: Networks) -> Distiller:
@@ -218,6 +229,7 @@ def _fit(
         reference = safeguards.preflight(teacher, data.captions, config.negative_prompt, scale, size, record.say)
     weights = safeguards.checksums(teacher)
     mark = fingerprint(teacher if config.quantization_config is None else efficiency.unquantised(config, backbone))
+    record.same_teacher(mark)
     keep_encoder = getattr(config, "train_text_encoder", False)
     with accelerator.main_process_first():
         condition = None if keep_encoder else cache.conditions(config, teacher, data.captions)
@@ -281,8 +293,12 @@ def _fit(
         trainer.judge = in_training.InTraining(config, *judged, plans[steps], shape)
     if resume:
         trainer.resume()
-    trainer.run()
-    safeguards.check_unmoved(weights, teacher)
+    try:
+        trainer.run()
+    except Interrupted:
+        still(record, weights, teacher)
+        raise
+    still(record, weights, teacher)
     with trainer.averaged():
         exported = student
         if sharded:

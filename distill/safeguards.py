@@ -176,5 +176,5 @@ def check_unmoved(before: Mapping[str, int], teacher: Denoiser) -> None:
     if moved:
         raise UserError(
             f"teacher: {len(moved)} of its {len(before)} weights changed during training, e.g. {moved[0]}: the student "
-            "learned from a moving teacher and is not exported; the checkpoints are kept. Please report it"
+            "learned from a moving teacher, is not exported and cannot be gone on with. Please report it"
         )

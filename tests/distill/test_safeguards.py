@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,5 +184,41 @@ def test_a_run_whose_teacher_moves_exports_nothing(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(run.Trainer, "run", moving)
     with pytest.raises(UserError, match="changed during training"):
         train(config(tmp_path, **settings, name="moved"), teacher=teacher)
-    assert not (tmp_path / "moved/student").exists()
     assert (tmp_path / "moved/checkpoints/step-000002").is_dir()
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="moved: its teacher's weights changed while it trained; name=OTHER"):
+        train(config(tmp_path, **settings, name="moved"), resume=True, teacher=denoiser_of(tiny_stable_diffusion()))
+    assert not (tmp_path / "moved/student").exists()
+
+
+def test_a_run_that_is_stopped_has_looked_at_its_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = {"method": "dmd2", "train_data": None, "prompts": str(tmp_path / "prompts.txt"), "max_train_steps": 4}
+    settings |= {"train_batch_size": 2, "steps": [1]}
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    teacher = denoiser_of(tiny_stable_diffusion())
+    after = run.Trainer._after
+
+    def moved_and_stopped(self: Any) -> bool:
+        next(p for k, p in teacher.network.named_parameters() if ".lora_" not in k).data += 1e-3
+        os.kill(os.getpid(), signal.SIGTERM)
+        return after(self)
+
+    monkeypatch.setattr(run.Trainer, "_after", moved_and_stopped)
+    with pytest.raises(UserError, match="changed during training"):
+        train(config(tmp_path, **settings), teacher=teacher)
+    assert json.loads((tmp_path / "run/environment.json").read_text())["moved"]
+
+
+def test_a_run_goes_on_with_the_weights_it_began_with(tmp_path: Path):
+    """Another checkpoint at the same path, or on the same branch of a hub, is another teacher."""
+    settings = {"method": "dmd2", "train_data": None, "prompts": str(tmp_path / "prompts.txt"), "max_train_steps": 1}
+    settings |= {"train_batch_size": 2, "steps": [1]}
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    train(config(tmp_path, **settings), teacher=denoiser_of(tiny_stable_diffusion()))
+    longer = config(tmp_path, **settings | {"max_train_steps": 2})
+    other = denoiser_of(tiny_stable_diffusion())
+    for parameter in other.network.parameters():
+        parameter.data *= 1.02
+    with pytest.raises(UserError, match="run: cannot be resumed with other weights of its teacher than it began with"):
+        train(longer, resume=True, teacher=other)
+    train(longer, resume=True, teacher=denoiser_of(tiny_stable_diffusion()))
