@@ -19,12 +19,12 @@ from fewstep.app.store import check_out, read_batches
 from fewstep.distill import picture
 from fewstep.distill.evaluation import (
     REAL_SEED,
-    REFERENCE_SEED,
     Sampler,
     Teacher,
     default_metrics,
     device,
     reference_pictures,
+    reference_seeds,
     revisions,
     same_size,
     student_folder,
@@ -332,7 +332,7 @@ class Evaluation:
         if any(row.same_noise for row in self.rows):  # else nobody was told them
             report |= {"n": len(prompts), "seeds": prompts.seeds, "prompts": prompts.name}
         if self.real is not None:
-            report["reference_seeds"] = {"reference": REFERENCE_SEED, "real renderings": REAL_SEED}
+            report["reference_seeds"] = reference_seeds()
         report |= {k: v for k in ("reference", "revision", "variant") if (v := getattr(self.request, k))}
         report |= {"dtype": self.request.dtype} if self.request.dtype != "fp32" else {}
         report["networks"] = self.judges.names()

@@ -40,8 +40,7 @@ from fewstep.distill.prompt_sets import EMBEDDED, PromptSet, prompt_set
 from fewstep.distill.report import Comparison, write_json
 from fewstep.distill.table import markdown
 from fewstep.metrics.emoji.judge import features
-from fewstep.metrics.emoji.metrics import REAL_SEED as CORRECTION_SEED
-from fewstep.metrics.emoji.metrics import renderings
+from fewstep.metrics.emoji.metrics import CORRECTION_SEED, renderings
 from fewstep.metrics.frechet import frechet_distance, frechet_to, moments, stderr
 from fewstep.samplers.baseline import SPACINGS
 from fewstep.samplers.errors import UserError

@@ -81,6 +81,13 @@ class Drawn:
     nfe: float
 
 
+def reference_seeds() -> dict[str, int]:
+    """Seeds of the real renderings by their use: compared with, subtracted as the bias of so many images, a row themselves."""
+    from fewstep.metrics.emoji.metrics import CORRECTION_SEED
+
+    return {"reference": REFERENCE_SEED, "correction": CORRECTION_SEED, "real renderings": REAL_SEED}
+
+
 def device() -> str:
     """Where a command samples."""
     return "cuda" if torch.cuda.is_available() else "cpu"

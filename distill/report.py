@@ -20,7 +20,6 @@ from fewstep.distill import checkpoint, data, picture
 from fewstep.distill.config import ConfigError, TrainConfig, validate
 from fewstep.distill.evaluation import (
     REAL_SEED,
-    REFERENCE_SEED,
     Drawn,
     Sampler,
     Teacher,
@@ -29,6 +28,7 @@ from fewstep.distill.evaluation import (
     draw,
     figures,
     reference_pictures,
+    reference_seeds,
     student_sampler,
 )
 from fewstep.distill.prompt_sets import EMBEDDED, PromptSet, prompt_set
@@ -122,7 +122,7 @@ class Comparison:
         for prompts, rows in zip(self.sets, self.rows, strict=True):
             block = {"n": len(prompts), "seeds": prompts.seeds, "prompts": prompts.name, "rows": rows}
             if prompts.embedded:
-                block["reference_seeds"] = {"reference": REFERENCE_SEED, "real renderings": REAL_SEED}
+                block["reference_seeds"] = reference_seeds()
             blocks.append(block)
         return {"schema": 1, **blocks[0], "blocks": blocks[1:]}
 

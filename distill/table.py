@@ -82,7 +82,8 @@ def heading(block: dict[str, Any]) -> str:
     if "reference" in block:
         said += f", reference {block['reference']}"
     if "reference_seeds" in block:
-        said += ", real renderings from seeds " + " and ".join(map(str, block["reference_seeds"].values()))
+        seeds = (f"{seed} ({use})" for use, seed in block["reference_seeds"].items())
+        said += f", real renderings from seeds {', '.join(seeds)}"
     return said
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.distill.checkpoint import replaced
 from fewstep.distill.teachers.drawings import noto
 from fewstep.metrics.emoji.drawings import COLORS, NAMES, compose, compositions, jittered, place, render
 
@@ -105,7 +106,8 @@ def main(package: str, out: str, iterations: int = 6000) -> None:
             decibels, spread = psnr(average.module, unseen)
             print(f"{i + 1} loss {value.item():.4f} psnr {decibels:.2f} latent std {spread:.3f}", flush=True)
             saved = {"vae": vae, "average": average, "optimizer": optimizer}
-            torch.save({"iteration": i + 1, **{k: v.state_dict() for k, v in saved.items()}}, state)
+            with replaced(state) as new:
+                torch.save({"iteration": i + 1, **{k: v.state_dict() for k, v in saved.items()}}, new)
     vae = average.module.to(memory_format=torch.contiguous_format)
     vae.register_to_config(scaling_factor=round(1 / psnr(vae, unseen)[1], 4))
     vae.save_pretrained(folder / "vae")

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fewstep.distill.checkpoint import replaced
 from fewstep.metrics.emoji.drawings import (
     COLORS,
     HELD_OUT,
@@ -117,10 +118,7 @@ def contrastive(logits: Tensor, true: Tensor) -> Tensor:
 
 @torch.no_grad()
 def retrieval(judge: Judge, images: Tensor, pairs: list[tuple[int, int]]) -> float:
-    """Share of pictures whose nearest full caption, among those of every drawing on every colour, is true of them.
-
-    That is their own caption, and for a bird also `a bird`, which is the name of a drawing and of a category.
-    """
+    """Share of pictures whose nearest full caption, among those of every drawing on every colour, is their own."""
     every = [full_caption(d, c) for d in range(len(NAMES)) for c in range(len(COLORS))]
     training = judge.training
     judge.eval()
@@ -169,7 +167,8 @@ def main(out: str, iterations: int = 1500) -> None:
                 flush=True,
             )
             holders = {"judge": judge.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save({"iteration": i + 1, **holders}, state)
+            with replaced(state) as new:
+                torch.save({"iteration": i + 1, **holders}, new)
     save(judge, folder / "judge.safetensors")
 
 

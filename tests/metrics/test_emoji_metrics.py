@@ -16,7 +16,7 @@ from fewstep.metrics.emoji.drawings import (
     render,
 )
 from fewstep.metrics.emoji.judge import features
-from fewstep.metrics.emoji.metrics import REAL_SEED, coverage, emoji_metrics, followed, pairs_of, renderings
+from fewstep.metrics.emoji.metrics import CORRECTION_SEED, coverage, emoji_metrics, followed, pairs_of, renderings
 from fewstep.metrics.frechet import frechet_distance
 
 PROMPTS = [category_caption(i, c) for i in range(len(CATEGORIES)) for c in (2, 5, 6)]
@@ -160,4 +160,4 @@ def test_refuses_what_does_not_fit(reference):
     with pytest.raises(ValueError, match="no embedded drawing answers to 'a unicorn'"):
         emoji_metrics(two, ["a unicorn", ""], reference)
     with pytest.raises(ValueError, match="another seed"):
-        emoji_metrics(two, CAPTIONS[:2], renderings(CAPTIONS[:2], REAL_SEED))
+        emoji_metrics(two, CAPTIONS[:2], renderings(CAPTIONS[:2], CORRECTION_SEED))
