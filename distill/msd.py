@@ -1,6 +1,6 @@
 """Several students, each distilled on a part of the prompts (multi-student distillation, arXiv:2410.23274).
 
-Parts are clusters of the prompts' embeddings, balanced to equal shares, or blocks of classes; an image goes with its caption.
+Parts are clusters of the prompts' embeddings, balanced to equal shares, or runs of classes; an image goes with its caption.
 Every part is an ordinary run of the config's own method, on its own samples alone, one after the other; then they are put
 together with the router.
 """
@@ -126,11 +126,23 @@ def fit(embeddings: Tensor, weights: Tensor, parts: int, seed: int) -> Router:
     return Router({"centroids": centroids, "offsets": added.float(), "mean": mean})
 
 
-def blocks(classes: int, parts: int) -> Router:
-    """Consecutive classes, as many in each part."""
-    if parts > classes:
-        raise UserError(f"parts {parts}: there are only {classes} classes")
-    return Router({"class_table": torch.arange(classes) * parts // classes})
+def blocks(classes: Tensor, parts: int) -> Router:
+    """Runs of consecutive classes with about as many prompts each; a class without prompts goes with the nearest.
+
+    Args:
+        classes: of the prompts, as often as they are drawn.
+        parts: P.
+    """
+    there, counts = classes.unique(return_counts=True)
+    if parts > len(there):
+        raise UserError(f"parts {parts}: there are only {len(there)} classes")
+    until, begins = counts.cumsum(0), [0]
+    for i in range(1, parts):
+        even = int((parts * until - i * len(classes)).abs().argmin()) + 1
+        begins.append(min(max(even, begins[-1] + 1), len(there) - parts + i))  # a class at least for each
+    run = torch.bucketize(torch.arange(len(there)), torch.tensor(begins), right=True) - 1
+    nearest = (torch.arange(int(there[-1]) + 1)[:, None] - there).abs().argmin(1)
+    return Router({"class_table": run[nearest]})
 
 
 def drawn(data: DataSet, seed: int) -> list[int]:
@@ -213,6 +225,6 @@ def _split(config: TrainConfig, parts: int, data: DataSet | None, starts: Sequen
 
 def _fit(config: TrainConfig, parts: int, keys: Tensor, law: Tensor) -> Router:
     if keys.ndim == 1:
-        return blocks(int(keys.max()) + 1, parts)
+        return blocks(keys[law], parts)
     weights = torch.bincount(law, minlength=len(keys)).float() / len(law)
     return fit(keys[weights > 0], weights[weights > 0], parts, config.seed)

@@ -25,7 +25,7 @@ from fewstep.samplers.manifest import read_manifest
 from fewstep.samplers.plan import sample
 from fewstep.samplers.router import Router, directions
 from tests.distill.runs import config
-from tests.pipelines import tiny_stable_diffusion
+from tests.pipelines import tiny_dit, tiny_stable_diffusion
 from tests.samplers.students import snippet_of
 
 PROMPTS = ["a red apple", "a cat", "zebra", "the quick brown fox", "0123456789", "sea, sky", "a cat on a hat", "jazz"]
@@ -103,13 +103,25 @@ def test_the_gain_of_a_split():
     assert off(random) == pytest.approx(1 / 12, rel=0.01)
 
 
-def test_classes_are_blocks():
-    """Of 1000 four of 250; ten in three are 4, 3 and 3."""
-    table = msd.blocks(1000, 4).tensors["class_table"]
+def test_classes_are_runs_of_as_many_prompts():
+    """Of 1000 four of 250; ten in three are 3, 4 and 3; of some classes alone, each part has some."""
+    table = msd.blocks(torch.arange(1000), 4).tensors["class_table"]
     assert torch.equal(table, torch.arange(4).repeat_interleave(250))
-    assert torch.bincount(msd.blocks(10, 3).tensors["class_table"]).tolist() == [4, 3, 3]
+    assert torch.bincount(msd.blocks(torch.arange(10), 3).tensors["class_table"]).tolist() == [3, 4, 3]
+    dogs = torch.arange(151, 269)
+    assert torch.bincount(msd.blocks(dogs, 4).of_keys(dogs)).tolist() == [29, 30, 29, 30]
     with pytest.raises(UserError, match="there are only 3 classes"):
-        msd.blocks(3, 4)
+        msd.blocks(torch.tensor([7, 7, 207, 7, 208]), 4)
+
+
+def test_a_class_weighs_by_its_prompts():
+    """Six of class 5 are a half; however uneven, none is left out. Without prompts: the nearest, of two the lower."""
+    router = msd.blocks(torch.tensor([20, 5, 5, 5, 9, 5, 30, 5, 12, 13, 14, 5]), 2)
+    assert router.of_keys(torch.tensor([5, 9, 12, 13, 14, 20, 30])).tolist() == [0, 1, 1, 1, 1, 1, 1]
+    assert router.of_keys(torch.tensor([0, 6, 7, 8, 29, 1000])).tolist() == [0, 0, 0, 1, 1, 1]
+    for heavy in range(4):
+        classes = torch.tensor([0, 1, 2, 3] + 96 * [heavy])
+        assert msd.blocks(classes, 4).of_keys(torch.arange(4)).tolist() == [0, 1, 2, 3]
 
 
 def test_a_part_draws_captions_as_the_data_does():
@@ -150,15 +162,14 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def test_a_batch_is_drawn_as_by_each_student_alone(several: Path):
-    """To the bit where a student's rows are the same, in any order of the batch; the students are not one."""
+def drawn_by_each_alone(several: Path, prompts: list[str]) -> Tensor:
+    """Hold a batch, in any order, to the bit to what each student makes of its rows; the part of each row."""
     denoiser, manifest = load_student(several)
     assert denoiser.router is not None
-    condition = denoiser.encode(PROMPTS)
-    seeds = list(range(8))
+    condition, n = denoiser.encode(prompts), len(prompts)
     students = [load_student(several / f"student/student_{i}") for i in range(2)]
-    for order in (torch.arange(8), torch.tensor([7, 2, 5, 0, 3, 6, 1, 4])):
-        told, own = condition[order], [seeds[i] for i in order]
+    for order in (torch.arange(n), torch.randperm(n, generator=torch.Generator().manual_seed(0))):
+        told, own = condition[order], order.tolist()
         x = sample(denoiser, told, manifest.plan(2), own)
         part = denoiser.router.of(told)
         assert set(part.tolist()) == {0, 1}
@@ -168,6 +179,20 @@ def test_a_batch_is_drawn_as_by_each_student_alone(several: Path):
             assert torch.equal(x[rows], z)
             other = sample(alone, told[part != i], said.plan(2), [own[j] for j in (part != i).nonzero()[:, 0]])
             assert not torch.equal(x[part != i], other)
+    return denoiser.router.of(condition)
+
+
+def test_a_batch_is_drawn_as_by_each_student_alone(several: Path):
+    """To the bit where a student's rows are the same, in any order of the batch; the students are not one."""
+    drawn_by_each_alone(several, PROMPTS)
+
+
+def test_labels_are_split_by_class(tmp_path: Path):
+    """Of the classes that the data have, all in the upper half of the teacher's; another goes with the nearest."""
+    tiny_dit(tmp_path / "base")
+    (tmp_path / "labels.txt").write_text("700\n701\n800\n801\n")
+    whole = run.train(settings(tmp_path, prompts=str(tmp_path / "labels.txt")))
+    assert drawn_by_each_alone(whole, ["801", "700", "800", "701", "720"]).tolist() == [1, 0, 1, 0, 0]
 
 
 def test_each_loads_alone_in_plain_diffusers(several: Path, monkeypatch: pytest.MonkeyPatch):
