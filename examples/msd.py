@@ -2,7 +2,8 @@
 
     python examples/msd.py prompts=FILE [key=value ...]
 
-FILE holds a prompt a line; no image is needed. `parts` goes with any method of the distribution matching family.
+FILE holds a prompt a line; no image is needed. `parts` goes with any method of the distribution matching family but
+phased_dmd, and with teachers of one network (not Wan 2.2).
 """
 
 import sys

@@ -129,12 +129,21 @@ def of(config: TrainConfig, inputs: list[str], folder: Path) -> list[str]:
     return [*chosen, f"output_dir={folder}"]
 
 
+def shrunk(name: str, tiny: Callable[[str], Path], inputs: list[str], folder: Path, *more: str) -> TrainConfig:
+    """A recipe with the teacher's place taken and sizes overridden, and where it goes on from another's run, with such a run."""
+    recipe = RECIPES[name]
+    own = [f"teacher={tiny(recipe.teacher)}", "preflight=false", *of(recipe, inputs, folder), *more]
+    if recipe.student_init is not None:
+        (before,) = (n for n, r in RECIPES.items() if r.run_dir == Path(recipe.student_init))
+        own.append(f"student_init={train(load_config(before, own))}")
+    return load_config(name, own)
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in PARTS])
 def test_a_recipe_trains_what_it_says(name: str, tiny: Callable[[str], Path], inputs: list[str], tmp_path: Path):
     """With the teacher's place taken and sizes overridden, two iterations and an artifact of the kind the YAML names."""
     recipe = RECIPES[name]
-    own = [f"teacher={tiny(recipe.teacher)}", f"preflight={str(PREFLIGHT[recipe.teacher] == name).lower()}"]
-    config = load_config(name, [*own, *of(recipe, inputs, tmp_path)])
+    config = shrunk(name, tiny, inputs, tmp_path, f"preflight={str(PREFLIGHT[recipe.teacher] == name).lower()}")
     kept = {"method", "student", "rank", "lora_alpha", "guidance_scale", "learning_rate", "steps", "mixed_precision"}
     assert config.model_dump(include=kept) == recipe.model_dump(include=kept)
     run = train(config)
@@ -216,9 +225,24 @@ def test_every_method_and_class_has_a_recipe():
 
 @pytest.mark.parametrize("name", sorted(PARTS))
 def test_students_of_parts_have_the_values_of_one(name: str):
-    """Which is run above; tests/distill/test_msd.py has parts."""
-    one = load_config(name.replace("msd", RECIPES[name].method))
-    assert RECIPES[name] == one.model_copy(update={"name": RECIPES[name].name, "parts": 4})
+    """A stage after another begins with the several of it."""
+    recipe, one = RECIPES[name], load_config(name.replace("msd", RECIPES[name].method))
+    start = one.student_init and one.student_init.replace(one.method, "msd")
+    assert recipe == one.model_copy(update={"name": recipe.name, "parts": 4, "student_init": start})
+
+
+@pytest.mark.parametrize("name", sorted(PARTS))
+def test_a_recipe_of_parts_trains_a_student_for_each(
+    name: str, tiny: Callable[[str], Path], inputs: list[str], tmp_path: Path
+):
+    """Two iterations each, of one of two captions."""
+    run, recipe = train(shrunk(name, tiny, inputs, tmp_path, "parts=2")), RECIPES[name]
+    assert read_manifest(run / "student").parts == 2
+    for i in range(2):
+        assert [line["iteration"] for line in metrics(run / f"parts/part_{i}")] == [1, 2]
+        manifest = read_manifest(run / f"student/student_{i}")
+        assert (manifest.part, manifest.kind, manifest.method) == (i, recipe.student, recipe.method)
+        assert sorted(manifest.plans) == recipe.steps  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"lcm", "pretrain"} | {"msd"}))
