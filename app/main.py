@@ -208,7 +208,7 @@ def playground(
 def methods(debug: Debug = False) -> None:
     """List the methods of distillation: what each needs, trains and costs."""
     from fewstep.app import tables
-    from fewstep.distill.console import WIDTH, columns
+    from fewstep.distill.console import WIDTH, columns, paragraph
 
     print(columns(tables.methods(), WIDTH))
     print(
@@ -216,6 +216,7 @@ def methods(debug: Debug = False) -> None:
         "\nforwards / backwards: rows through a network over the batch, in an iteration where all step, or one"
         "\nwithout the student"
         f"\nsteps: {tables.steps()}"
+        f"\n{paragraph(tables.several(), WIDTH)}"
     )
 
 

@@ -88,6 +88,12 @@ def steps() -> str:
     return ", ".join([f"{usual[0]} to {usual[-1]}", *(f"{name} {r[0]} to {r[-1]}" for name, r in others)])
 
 
+def several() -> str:
+    """What `parts` does, and of which methods."""
+    takes = [name for name in sorted(METHODS) if getattr(default(name), "policy", "phases") != "phases"]
+    return f"parts=P: P students, one after the other in the memory of one, each on its part of the prompts; of {', '.join(takes)}"
+
+
 def family_of(cls: type[Distiller]) -> str:
     """The loop that a method is a setting of, by the name of its file."""
     loop = cls.mro()[cls.mro().index(Distiller) - 1]

@@ -35,6 +35,9 @@ def test_methods(fewstep: Callable[..., Answer]):
     assert all(name in found for name in METHODS)
     assert max(map(len, found.splitlines())) <= WIDTH
     assert "steps: 1 to 4, lcm 1 to 8, phased_dmd 2 to 4, pretrain 1 to 1000, tsm 1 to 1000\n" in found
+    several = " ".join(found[found.index("parts=P: P students") :].split())
+    assert "in the memory of one" in several
+    assert several.partition("; of ")[2] == "disback, dmd, dmd2, sid, sid_fewstep, sim, swiftbrush, tdm, uni_instruct"
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
