@@ -20,26 +20,30 @@ from tests.distill.runs import config, metrics, trainer
 from tests.distill.test_mixture import SETTINGS, pairs
 from tests.distill.test_regression import stored
 
-# test_mixture.py runs each preset unguided
+# what differs from the defaults
+RUNS: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in SETTINGS},
+    "dmd": {"method": "dmd", "regression_metric": "pseudo_huber"},
+    "dmd2, GAN": {"method": "dmd2", "gan_weight": 5e-3, "train_data": "in memory"},
+    "uni_instruct": {"method": "uni_instruct", "gan_warmup_steps": 3},
+    "disback": {"method": "disback", "nodes": 2, "node_steps": 4, "fake_score_warmup_steps": 4},
+}
 STRESS: dict[str, dict[str, Any]] = {
     "rate": {"learning_rate": 0.1, "fake_score_learning_rate": 0.1},  # ten times what such a network takes
     "one row in bf16": {"mixed_precision": "bf16", "train_batch_size": 1},
     "guided": {"guidance_scale": 15.0},
+    "unguided": {"guidance_scale": 1.0},
 }
 
 
 def stressed(folder: Path, name: str, **changes: Any) -> Trainer:
-    """Twenty iterations of a preset with a discriminator where it takes one, whose prompts move every mode."""
+    """Twenty iterations of a preset, uni_instruct and one of dmd2 with a discriminator, whose prompts move every mode."""
     settings = {
-        **{"method": name, "student": "full", "max_train_steps": 20, "train_batch_size": 4, "learning_rate": 0.01},
+        **{"student": "full", "max_train_steps": 20, "train_batch_size": 4, "learning_rate": 0.01},
         **{"fake_score_updates": 1, "fake_score_warmup_steps": 2, "checkpointing_steps": 5},
     }
-    if name == "uni_instruct":
-        settings |= {"gan_warmup_steps": 3}
-    if name == "dmd":
-        settings |= {"regression_metric": "pseudo_huber"}
     teacher = MixtureTeacher(Flow(), ring(8, 1.0), 0.25, side=4, boundary=0.501 if name == "phased_dmd" else None)
-    made: Any = methods_distiller(config(folder, **(settings | changes)), Networks(teacher, "full"))
+    made: Any = methods_distiller(config(folder, **(settings | RUNS[name] | changes)), Networks(teacher, "full"))
     data = teacher.draw(8, torch.Generator().manual_seed(0))
     training = trainer(made.config, made, data, teacher.encode([str(i / 8) for i in range(8)]))
     if made.config.regression_weight:
@@ -61,7 +65,7 @@ def is_finite(tensors: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("stress", STRESS)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", RUNS)
 def test_finite_or_stopped(name: str, stress: str, tmp_path: Path):
     """To the end with every weight and every logged number finite; else by a line that names the last checkpoint, which is.
 
@@ -84,7 +88,7 @@ def test_finite_or_stopped(name: str, stress: str, tmp_path: Path):
     assert all(is_finite(groups[role]) for role in ("student", "fake_score"))
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_diverges_stops_at_once(name: str, tmp_path: Path):
     """A rate of 1e6, the largest that a config takes: the loss overflows in a few iterations, and nothing later is written."""
     training = stressed(tmp_path, name, learning_rate=1e6, fake_score_learning_rate=1e6, checkpointing_steps=1)
