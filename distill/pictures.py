@@ -11,7 +11,10 @@ from torch import Tensor
 
 from fewstep.samplers.errors import UserError, reason
 
-READ = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
+READ = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp"),
+    *(".gif", ".tif", ".tiff", ".tga", ".avif", ".jp2"),
+)
 OTHER = (".heic", ".heif", ".jxl", ".svg", ".psd", ".exr", ".dng", ".cr2", ".nef", ".arw")
 SUFFIXES = READ + OTHER
 """What counts as an image: those of `OTHER` are images too, and refused rather than overlooked."""

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,13 @@ from typing import Any
 from fewstep.distill import clips, pictures
 from fewstep.distill.data_config import not_unicode
 from fewstep.distill.pictures import Unusable
+from fewstep.metrics.images import SIDECARS
 from fewstep.samplers.errors import UserError, reason
 
 SUFFIXES = (*pictures.SUFFIXES, *(suffix for suffix in clips.SUFFIXES if suffix not in pictures.SUFFIXES))
 """Of images and clips; `files.source` asks which of them a run learns from."""
+TEXTS = (*SIDECARS, ".md")
+"""What may share its name with a `.txt` that is no caption: a README, a list."""
 COLUMN = "text"
 """Where captions stand unless `caption_column` says otherwise."""
 
@@ -90,9 +93,14 @@ def folder(root: Path, column: str = "text") -> Source:
     walk = glob.iglob(os.path.join(glob.escape(str(root)), "**", "*"), recursive=True, include_hidden=True)
     found = sorted(map(Path, walk))
     paths = sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.is_dir())
+    listed = _metadata([p for p in found if p.name == "metadata.jsonl"], column)
+    if unknown := [str(p.relative_to(root)) for p in _unknown(found, paths, listed)]:
+        raise UserError(
+            f"train_data {root}: {len(unknown)} files have a caption and no suffix of an image or a clip: {some(unknown)}; "
+            f"read are {', '.join(SUFFIXES)}"
+        )
     if not paths:
         raise UserError(f"train_data {root}: no images or clips there ({', '.join(SUFFIXES)})")
-    listed = _metadata([p for p in found if p.name == "metadata.jsonl"], column)
     missing = sorted(str(p.relative_to(root)) for p in listed.keys() - set(paths))
     if missing:
         raise UserError(
@@ -117,6 +125,14 @@ def folder(root: Path, column: str = "text") -> Source:
             raise Unusable(f"{paths[i]}: cannot be read ({error.strerror})") from error
 
     return Source([str(p) for p in paths], texts, read)
+
+
+def _unknown(found: Sequence[Path], paths: Sequence[Path], listed: Collection[Path]) -> list[Path]:
+    """Files with a caption of their own which nothing would read; a `.txt` alone may be anything."""
+    there, taken = set(found), {p.with_suffix("") for p in paths}
+    others = (p for p in found if p.suffix.lower() not in (*SUFFIXES, *TEXTS) and not p.is_dir())
+    captioned = (p for p in others if p.with_suffix(".txt") in there and p.with_suffix("") not in taken)
+    return sorted({*captioned, *(p for p in listed if p in there and p.suffix.lower() not in SUFFIXES)})
 
 
 def _metadata(paths: Sequence[Path], column: str) -> dict[Path, tuple[str, ...]]:

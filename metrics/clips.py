@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.metrics.images import SIDECARS
 
-VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi")
+VIDEOS = (".mp4", ".m4v", ".webm", ".mkv", ".mov", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 ANIMATIONS = (".gif", ".webp", ".png", ".apng")
 FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Suffixes of the frames in a folder that is one clip; they are taken in the order of their names."""

@@ -91,12 +91,16 @@ def write_images(folder: Path, n: int = 6, side: int = 16) -> Path:
     return folder
 
 
+CODECS = {".webm": "libvpx", ".mpg": "mpeg2video", ".ts": "mpeg2video", ".wmv": "wmv2", ".flv": "flv"}
+
+
 def write_clip(path: Path, levels: Sequence[float], fps: float = 16, size: tuple[int, int] = (64, 64)) -> Path:
     """A video whose frames are of one grey each, levels of 255, with H.264 or what else the suffix asks for."""
     import imageio_ffmpeg
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    given = {"codec": "libvpx"} if path.suffix == ".webm" else {"output_params": ["-preset", "ultrafast"]}
+    codec = CODECS.get(path.suffix)
+    given = {"codec": codec} if codec else {"output_params": ["-preset", "ultrafast"]}
     writer = imageio_ffmpeg.write_frames(
         str(path), size[::-1], fps=fps, quality=9, macro_block_size=2, ffmpeg_log_level="error", **given
     )

@@ -43,7 +43,13 @@ def levels(found: torch.Tensor) -> list[int]:
     return [round(v) for v in (found.mean((1, 2, 3)) * 255 / 8).tolist()]
 
 
-@pytest.mark.parametrize(("suffix", "fps"), [(".mp4", 30), (".mov", 24), (".webm", 25), (".mkv", 16), (".mp4", 8)])
+@pytest.mark.parametrize(
+    ("suffix", "fps"),
+    [
+        *((".mp4", 30), (".mov", 24), (".webm", 25), (".mkv", 16), (".mp4", 8), (".m4v", 30)),
+        *((".mpg", 25), (".ts", 24), (".wmv", 30), (".flv", 30)),
+    ],
+)
 def test_frames_are_those_nearest_in_time(tmp_path: Path, suffix: str, fps: int):
     """To 0, 1/16, 2/16, ... by brute force, of two as near the first; of a slower file every frame, and none twice."""
     data = write_clip(tmp_path / f"a{suffix}", [8 * k for k in range(24)], fps).read_bytes()

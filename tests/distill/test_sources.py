@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fewstep.distill.pictures import Unusable
+from fewstep.distill.pictures import Unusable, picture
 from fewstep.distill.sources import Source, dataset, folder, shard_paths, source_of
 from fewstep.samplers.errors import UserError
 from tests.distill.runs import write_images
@@ -78,6 +78,14 @@ def test_captions_in_a_list(tmp_path: Path):
             lambda p: (p / "photo.HEIC").write_bytes(b"x"),
             "train_data {p}: 1 files lack a .txt caption, e.g. photo.HEIC",
         ),
+        (
+            lambda p: [(p / n).write_bytes(b"x") for n in ("b.xcf", "b.txt", "c", "c.txt", "d.dds", "e.JXR", "e.txt")],
+            "train_data {p}: 3 files have a caption and no suffix of an image or a clip: b.xcf, c, e.JXR; read are .png, ",
+        ),
+        (
+            lambda p: (listing(p, {"file_name": "b.xcf", "text": "b"}), (p / "b.xcf").write_bytes(b"x")),
+            "train_data {p}: 1 files have a caption and no suffix of an image or a clip: b.xcf; read are ",
+        ),
     ],
 )
 def test_a_list_that_is_wrong(tmp_path: Path, spoil: Callable[[Path], Any], message: str):
@@ -86,6 +94,22 @@ def test_a_list_that_is_wrong(tmp_path: Path, spoil: Callable[[Path], Any], mess
     with pytest.raises(UserError) as caught:
         folder(tmp_path)
     assert str(caught.value).startswith(message.format(p=tmp_path))
+
+
+def test_suffixes_of_images_and_what_is_no_caption(tmp_path: Path):
+    """Every spelling is read; a README, a list of prompts, and what else lies beside an image that is, are no captions."""
+    from PIL import Image
+
+    for name, kind in (("a.png", "PNG"), ("b.jfif", "JPEG"), ("c.tga", "TGA"), ("d.JPE", "JPEG"), ("e.JPG", "JPEG")):
+        Image.new("RGB", (12, 8), (255, 0, 0)).save(tmp_path / name, kind)
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    for name in ("README.txt", "README.md", "prompts.txt", "a.npz", "notes.xcf"):
+        (tmp_path / name).write_text("no caption")
+    found = folder(tmp_path)
+    assert [texts[0] for texts in found.texts] == [Path(name).name for name in found.names]
+    assert len(found.names) == 5
+    for i, name in enumerate(found.names):
+        assert picture(found.read(i), name).getpixel((6, 4))[0] > 250
 
 
 @pytest.fixture
