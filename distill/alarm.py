@@ -98,10 +98,16 @@ class CollapseAlarm:
         if self.low >= PATIENCE:
             raise _collapsed(iteration, mean, reference, checkpoints, self.good, " or more fake_score_updates")
 
-    def keep(self, checkpoints: Path) -> Path | None:
-        """While in doubt, the checkpoint that must not be pruned: the last one before the spread fell."""
-        in_doubt = bool(self.window) and self.good < self.window[0][0]
-        return checkpoint.latest(checkpoints, until=self.good)[0] if in_doubt else None
+    def keep(self, checkpoints: Path) -> tuple[Path | None, ...]:
+        """Checkpoints that must not be pruned: the last one whose student was well, and the one that is next to be known so.
+
+        `good` is a window behind: by then all between would be pruned where they are written faster than that.
+        """
+        if not self.window:
+            return ()
+        well, following = checkpoint.around(checkpoints, self.good)
+        in_doubt = self.good < self.window[0][0]
+        return (well,) if in_doubt else (well, following)
 
     def state_dict(self) -> dict[str, Any]:
         """What resume needs, as JSON."""
@@ -164,9 +170,12 @@ class SampleAlarm:
         value = spread(draw()).to(accelerator.device) if draws else torch.zeros((), device=accelerator.device)
         return mean(accelerator, value).item() * (accelerator.num_processes if self.alone else 1)
 
-    def keep(self) -> Path | None:
-        """While in doubt, the checkpoint that must not be pruned: the last one whose student was well."""
-        return checkpoint.latest(self.record.checkpoints, until=self.seen["good"])[0] if self.seen.get("bad") else None
+    def keep(self) -> tuple[Path | None, ...]:
+        """Checkpoints that must not be pruned: the last one whose student was well when it was looked at.
+
+        Whatever the next look finds, it is there; kept from the first doubt on only, it may be gone by then.
+        """
+        return checkpoint.around(self.record.checkpoints, self.seen["good"])[:1] if self.seen else ()
 
 
 def _thinned(plan: SamplingPlan) -> SamplingPlan:

@@ -157,6 +157,13 @@ def latest(folder: Path, until: int | None = None) -> tuple[Path | None, list[st
     return None, said
 
 
+def around(folder: Path, iteration: int) -> tuple[Path | None, Path | None]:
+    """The newest checkpoint up to an iteration, and the oldest after it; torn or not."""
+    found = iterations(folder)
+    n = sum(_iteration(checkpoint) <= iteration for checkpoint in found)
+    return (found[n - 1] if n else None), (found[n] if n < len(found) else None)
+
+
 def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Groups of tensors and meta of a whole checkpoint."""
     groups = {p.stem: load_file(p) for p in sorted(checkpoint.glob("*.safetensors"))}
@@ -169,12 +176,12 @@ def meta(checkpoint: Path) -> dict[str, Any]:
 
 
 def prune(folder: Path, newest: Path, limit: int, *keep: Path | None) -> None:
-    """Delete all but the last `limit` checkpoints up to `newest`, never those to `keep`; later ones are torn, and go too."""
+    """Delete all but the last `limit` checkpoints up to `newest` and those to `keep`; later ones are torn, and all go."""
     found = iterations(folder)
     last = found.index(newest)
-    for checkpoint in (*found[: max(0, last + 1 - limit)], *found[last + 1 :]):
-        if checkpoint not in keep:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+    old = (checkpoint for checkpoint in found[: max(0, last + 1 - limit)] if checkpoint not in keep)
+    for checkpoint in (*old, *found[last + 1 :]):
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def fill(into: dict[str, Tensor], values: dict[str, Tensor], where: Path) -> None:

@@ -239,7 +239,7 @@ class Trainer:
             return
         newest = checkpoint.save(self.record.checkpoints, self.iteration, tensors, meta)
         best = self.record.checkpoints / f"step-{self.best[1]:06d}" if self.best else None
-        good = self.alarm.keep(self.record.checkpoints), self.samples and self.samples.keep()
+        good = (*self.alarm.keep(self.record.checkpoints), *(self.samples.keep() if self.samples else ()))
         checkpoint.prune(self.record.checkpoints, newest, self.config.checkpoints_total_limit, best, *good)
 
     def resume(self) -> bool:

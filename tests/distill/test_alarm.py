@@ -16,7 +16,17 @@ from torch import Tensor
 
 from fewstep.distill import alarm as alarms
 from fewstep.distill import checkpoint, run
-from fewstep.distill.alarm import BUDGET, LOOKS, PATIENCE, SHARE, TIMES, CollapseAlarm, SampleAlarm, sample_alarm
+from fewstep.distill.alarm import (
+    BUDGET,
+    LOOKS,
+    PATIENCE,
+    SHARE,
+    TIMES,
+    WINDOW,
+    CollapseAlarm,
+    SampleAlarm,
+    sample_alarm,
+)
 from fewstep.distill.run import train
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
@@ -42,19 +52,36 @@ def gaussian(folder: Path, stuck: bool, **changes: Any) -> Any:
     return trainer
 
 
-def test_a_student_that_collapses_is_stopped(tmp_path: Path):
+@pytest.mark.parametrize(("every", "limit"), [(10, 3), (1, 1)])
+def test_a_student_that_collapses_is_stopped(tmp_path: Path, every: int, limit: int):
     """A fake score that does not follow drives every sample to the teacher's mode; what was written before is kept."""
-    trainer = gaussian(tmp_path, True, max_train_steps=200, checkpointing_steps=10, checkpoints_total_limit=3)
+    trainer = gaussian(tmp_path, True, max_train_steps=200, checkpointing_steps=every, checkpoints_total_limit=limit)
     with pytest.raises(UserError) as caught:
         trainer.run()
-    good = trainer.alarm.keep(tmp_path / "run/checkpoints")
+    (good,) = trainer.alarm.keep(tmp_path / "run/checkpoints")
     assert good is not None
     assert f"the last good checkpoint is {good}" in str(caught.value)
     spreads = {line["iteration"]: line["student/spread"] for line in metrics(tmp_path / "run")}
     at = int(good.name.removeprefix("step-"))
     assert spreads[at] > SHARE * 0.9  # of the student in that checkpoint
     assert max(spreads[i] for i in list(spreads)[-PATIENCE:]) < SHARE * 0.9
-    assert len(checkpoint.iterations(tmp_path / "run/checkpoints")) == 4  # it and the last three
+    assert len(checkpoint.iterations(tmp_path / "run/checkpoints")) == limit + 1  # it and the last ones
+
+
+@pytest.mark.parametrize("every", [1, 7, 30])
+def test_the_checkpoint_that_is_kept_is_never_long_past(tmp_path: Path, every: int):
+    """One of those written within two windows, and known to be good; of a run that is well three folders at most."""
+    alarm = CollapseAlarm(1.0)
+    for i in range(1, 301):
+        alarm.look(i, {"student/spread": 1.0}, tmp_path)
+        if i % every == 0:
+            (newest := tmp_path / f"step-{i:06d}").mkdir()
+            checkpoint.prune(tmp_path, newest, 1, *alarm.keep(tmp_path))
+            left = [int(p.name.removeprefix("step-")) for p in checkpoint.iterations(tmp_path)]
+            assert len(left) <= 3
+            if i > 3 * max(WINDOW, every):
+                assert alarm.good - left[0] <= max(WINDOW, every)
+                assert left[0] <= alarm.good
 
 
 def test_a_student_that_learns_is_let_alone(tmp_path: Path):
@@ -170,8 +197,8 @@ def test_looks_are_under_a_hundredth_of_a_run(tmp_path: Path, name: str):
 @every_method
 def test_a_student_whose_samples_become_one_is_stopped(tmp_path: Path, name: str):
     """Whatever the method, on batches of one row: from iteration 25 on the posterior mean shrinks to the mean alone."""
-    trainer = watched(tmp_path, name, 10**6, train_batch_size=1)
-    trainer.samples.every = 10
+    trainer = watched(tmp_path, name, 10**6, train_batch_size=1, checkpointing_steps=2, checkpoints_total_limit=1)
+    trainer.samples.every = 10  # so that several are written, and pruned, between two looks
     network, step = trainer.roles["student"].denoiser.network, trainer.step
 
     def shrinking(i: int) -> dict[str, float]:
