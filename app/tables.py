@@ -129,7 +129,8 @@ def backbones() -> list[list[str]]:
 def matrix() -> tuple[list[list[str]], list[str]]:
     """A row for each pipeline class, a column for each method: the students that it makes; and the notes by number.
 
-    A number behind what runs, or behind a dash, is the note that says why the rest does not.
+    A number behind what runs, or behind a dash, is the note that says why the rest does not, or not of every pipeline of the
+    class: some have one network where others have two.
     """
     names, notes = sorted(METHODS), dict[str, int]()
     table = [["", *names]]
@@ -139,7 +140,8 @@ def matrix() -> tuple[list[list[str]], list[str]]:
         for method in names:
             reasons = {kind: why_not(default(method, kind.lower()), cls) for kind in ("LoRA", "full")}
             runs = [kind for kind, reason in reasons.items() if reason is None]
-            why = {notes.setdefault(reason, len(notes) + 1) for reason in reasons.values() if reason}
+            alone = (why_not(default(method, kind.lower()), cls, cls.network_names[:1]) for kind in reasons)
+            why = {notes.setdefault(r, len(notes) + 1) for r in (*reasons.values(), *alone) if r}
             row.append(" ".join([*(runs or ["-"]), *([",".join(map(str, sorted(why)))] if why else [])]))
         table.append(row)
     return table, list(notes)

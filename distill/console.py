@@ -155,7 +155,7 @@ def dry(config: Any) -> str:
 
     refuse(config)
     teacher = load(config.teacher, config.revision, config.variant)
-    refuse_backbone(config, type(teacher))
+    refuse_backbone(config, type(teacher), teacher.networks)
     method = methods_distiller(config, networks_of(config, teacher))
     report.check(config, method.step_counts, teacher)
     roles = [["role", "weights", "trained parameters"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +34,7 @@ from fewstep.distill.student_start import said, starts_of, student_start
 from fewstep.distill.trainer import Trainer
 from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
-from fewstep.samplers.load import class_of, denoiser_of, family, load, parts, resolve
+from fewstep.samplers.load import class_of, denoiser_of, family, index_of, load, parts, resolve
 from fewstep.samplers.manifest import Manifest, fingerprint, holds_lora
 from fewstep.samplers.skeleton import networks as networks_alone
 from fewstep.samplers.stock import stock
@@ -91,11 +91,15 @@ def refuse(config: TrainConfig) -> None:
             )
 
 
-def refuse_backbone(config: TrainConfig, backbone: type[Denoiser]) -> None:
-    """Refuse what this family of teachers has not."""
+def refuse_backbone(config: TrainConfig, backbone: type[Denoiser], networks: Iterable[str] | None = None) -> None:
+    """Refuse what this family of teachers has not; `networks` are those of one in memory, else its index names them."""
     if config.num_frames is not None and not backbone.clips:
         raise ConfigError(f"config: num_frames: {config.num_frames}; this teacher makes images, leave it out")
-    if reason := why_not(config, backbone):
+    own = list(networks or backbone.network_names)
+    if networks is None and len(own) > 1 and not holds_lora(resolve(config.teacher)):
+        index = index_of(config.teacher, config.revision)
+        own = [name for name in own if all(index.get(name) or [None])]
+    if reason := why_not(config, backbone, own):
         raise ConfigError(f"config: method {config.method}: {reason}")
 
 
@@ -173,7 +177,7 @@ def _fit(
     """Train and save the student; False where a resumed run had nothing left to do. `held` has what ends after it."""
     refuse(config)
     backbone = family(class_of(config.teacher, config.revision)) if teacher is None else type(teacher)
-    refuse_backbone(config, backbone)
+    refuse_backbone(config, backbone, None if teacher is None else teacher.networks)
     files = source(config, backbone.clips) if data is None else None
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(

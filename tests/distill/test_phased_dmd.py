@@ -83,6 +83,7 @@ def test_what_has_no_phases_is_refused(tmp_path: Path):
     full = config(tmp_path, method="phased_dmd", student="full")
     assert "set student: lora" in str(why_not(full, StableDiffusion))
     assert why_not(full, Wan) is None
+    assert "set student: lora" in str(why_not(full, Wan, ["transformer"]))
     with pytest.raises(UserError, match="phases of one network are LoRAs of it; set student: lora"):
         method(tmp_path, Teacher(PROCESSES["flow"], MEAN, STD), method="phased_dmd")
     with pytest.raises(UserError, match="phases: 3 do not divide 4 steps"):

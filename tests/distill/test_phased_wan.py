@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from fewstep.distill.config import ConfigError
 from fewstep.distill.distiller import Batch
 from fewstep.distill.methods.distribution_matching import DistributionMatching
 from fewstep.distill.random import Rngs
-from fewstep.distill.run import networks_of
+from fewstep.distill.run import networks_of, train
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
 from fewstep.samplers.plan import generators, sample
@@ -36,6 +38,24 @@ def taken(denoiser: Any, u: torch.Tensor) -> set[str]:
     """Networks asked at levels before the shift."""
     noise = denoiser.noise
     return set(denoiser.sides(noise.model_time(noise.shift(u))))
+
+
+@pytest.mark.parametrize("second", [{}, {"transformer_2": [None, None]}, {"transformer_2": None}])
+def test_full_weights_of_one_transformer_are_refused_before_they_load(second: dict[str, Any], tmp_path: Path):
+    """By the index alone, as Wan 2.1 writes it; and where the pipeline is in memory."""
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]} | second
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    said = (
+        r"^config: method phased_dmd: phases of a teacher with one network \(as Wan 2.1\) are LoRAs: set student: lora$"
+    )
+    settings = {"method": "phased_dmd", "student": "full", "prompts": "embedded:emoji", "train_data": None} | CLIP
+    for teacher in (None, denoiser_of(tiny_wan())):
+        with pytest.raises(ConfigError, match=said):
+            train(config(tmp_path, teacher=str(tmp_path), **settings), teacher=teacher)
+    index["transformer_2"] = index["transformer"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"transformer/ is missing"):  # which of two comes later
+        train(config(tmp_path, teacher=str(tmp_path), **settings))
 
 
 @pytest.mark.parametrize(
