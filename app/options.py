@@ -8,7 +8,7 @@ import typer
 
 SOURCE = (
     "A run (runs/NAME), a student's folder, a pipeline folder, a hub id (ORG/NAME), embedded:emoji, or a checkpoint in one "
-    "file, FILE.safetensors@CONFIG; PIPELINE+LORA adds a LoRA of any origin, a file or a hub id, PIPELINE+LORA*0.125 a part of it."
+    "file, FILE.safetensors@CONFIG; PIPELINE+LORA adds a LoRA of any origin, a file or a hub id, PIPELINE+LORA*0.125 a part of it; PIPELINE+FILE.safetensors also takes a network alone."
 )
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' warnings.")]
 Guidance = Annotated[

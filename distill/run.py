@@ -62,8 +62,8 @@ def refuse(config: TrainConfig) -> None:
         class_of(starts_of(config)[0])
     if parts(config.teacher)[1]:
         raise ConfigError(
-            "config: teacher: a pipeline with a LoRA; save it whole first (fuse_lora and save_pretrained of diffusers), "
-            "since the student's card loads one pipeline"
+            "config: teacher: a pipeline with a LoRA, or another network; save it whole first (fuse_lora and save_pretrained "
+            "of diffusers), since the student's card loads one pipeline"
         )
     if getattr(config, "policy", None) == "phases" and getattr(config, "parts", 1) > 1:
         raise ConfigError(

@@ -1,20 +1,25 @@
-"""LoRAs that others made, in any format that diffusers reads: found, added into a pipeline's weights."""
+"""Students that others published: LoRAs in any format that diffusers reads, added into a pipeline's weights, and networks alone,
+in diffusers' own keys, that take the place of the pipeline's.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from fewstep.samplers import single_file
 from fewstep.samplers.errors import UserError, one_line
-from fewstep.samplers.hub import is_hub_id
+from fewstep.samplers.hub import file_of, is_hub_id
 
 
-def arguments(lora: str) -> tuple[str, dict[str, str], float]:
-    """Folder or hub id of a `LORA` or `LORA*SCALE`, its file, and the scale; UserError where there can be none."""
-    scale = 1.0
+def arguments(lora: str) -> tuple[str, dict[str, str], float | None]:
+    """Folder or hub id of a `LORA` or `LORA*SCALE`, its file, and the scale if one is said; UserError where there can be none."""
+    scale = None
     if "*" in lora and not Path(lora).exists():
         lora, _, text = lora.rpartition("*")
         try:
@@ -23,6 +28,8 @@ def arguments(lora: str) -> tuple[str, dict[str, str], float]:
             scale = math.nan
         if not math.isfinite(scale):
             raise UserError(f"{lora}*{text}: the scale of a LoRA must be a number, as in {lora}*0.125")
+    if not Path(lora).is_dir():
+        single_file.refuse_pickle(lora, lora)
     at, file = lora, {}
     if lora.endswith(".safetensors"):
         at, file = str(Path(lora).parent), {"weight_name": Path(lora).name}
@@ -31,10 +38,19 @@ def arguments(lora: str) -> tuple[str, dict[str, str], float]:
     return at, file, scale
 
 
-def add(pipeline: Any, lora: str) -> None:
-    """Add a LoRA into a pipeline's weights."""
+def add(pipeline: Any, lora: str, networks: Mapping[str, nn.Module], first: bool = True) -> None:
+    """Add a LoRA into a pipeline's weights, or put those of a network alone in their place.
+
+    Args:
+        pipeline: whose.
+        lora: a LoRA or a network, as `arguments` takes it.
+        networks: of the pipeline, those that predict, by name.
+        first: nothing was added before.
+    """
     name = type(pipeline).__name__
     at, file, scale = arguments(lora)
+    if _replaced(name, lora, networks, first):
+        return
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"{lora}: a {name} takes no LoRA")
     with one_line(f"{lora}: cannot be loaded as a LoRA of {name}"):
@@ -42,9 +58,43 @@ def add(pipeline: Any, lora: str) -> None:
             pipeline.load_lora_weights(at, use_safetensors=True, **file)
         adapted = list(pipeline.get_list_adapters())
         if adapted:
-            fuse(pipeline, adapted, scale)
+            fuse(pipeline, adapted, 1.0 if scale is None else scale)
     if not adapted:
         raise UserError(f"{lora}: names no layer of {name}")
+
+
+def _replaced(pipeline: str, lora: str, networks: Mapping[str, nn.Module], first: bool) -> bool:
+    """Whether a file holds a network of the pipeline alone, and its weights are now the network's; UserError for another's."""
+    from safetensors.torch import load_file
+
+    at, file, scale = arguments(lora)
+    if not file:  # a folder or a repository, of a LoRA
+        return False
+    path = Path(at) / file["weight_name"]
+    place = str(path) if path.exists() else file_of(at, file["weight_name"])
+    found = single_file.tensors(place)
+    kin = {name: own for name, network in networks.items() if found.keys() & (own := network.state_dict()).keys()}
+    if not kin:
+        return False
+    if len(kin) > 1:
+        raise UserError(f"{lora}: one network, of {' or '.join(kin)} of {pipeline}? put it into a pipeline folder")
+    (part, own), *_ = kin.items()
+    said = f"{lora}: not the {part} of this {pipeline}"
+    for what, keys in (("lacks", own.keys() - found.keys()), ("has beside its own", found.keys() - own.keys())):
+        if keys:
+            raise UserError(f"{said}: {what} {len(keys)} weights, e.g. {min(keys)}")
+    for key, value in own.items():
+        if found[key].shape != value.shape:
+            sizes = ("x".join(map(str, tensor.shape)) for tensor in (found[key], value))
+            raise UserError(f"{said}: {key} is {' and not '.join(sizes)}")
+    if scale is not None:
+        raise UserError(
+            f"{lora}: a whole {part}, of which no part can be added; leave the *{lora.rpartition('*')[2]} out"
+        )
+    if not first:
+        raise UserError(f"{lora}: a whole {part}, which would undo what stands before it; name it first, and once")
+    networks[part].load_state_dict(load_file(place))
+    return True
 
 
 def fuse(pipeline: Any, components: list[str], scale: float = 1.0) -> None:

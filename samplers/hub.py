@@ -40,6 +40,16 @@ def student_of(source: str) -> str | None:
         raise UserError(f"{source}: the hub answered: {reason(error)}") from error
 
 
+def file_of(source: str, file: str) -> str:
+    """Where a file of a repository lies in the hub cache, fetched if need be; UserError in one line."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(source, file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}/{file}: the hub answered: {reason(error)}") from error
+
+
 def index_from_hub(source: str, revision: str | None) -> str:
     """Where a repository's `model_index.json` lies in the hub cache, fetched if need be; UserError in one line."""
     from huggingface_hub import hf_hub_download

@@ -2,7 +2,7 @@
 
 `FILE.safetensors@CONFIG` is a checkpoint in its original keys, see `single_file.py`. `BASE+LORA` is a pipeline with a LoRA
 of any format that diffusers reads, its own or kohya's, added into the weights: a file, a folder, a hub id, or a file of
-one (ORG/NAME/FILE.safetensors).
+one (ORG/NAME/FILE.safetensors). Such a file may also be the pipeline's own network alone, in diffusers' keys.
 """
 
 from __future__ import annotations
@@ -188,8 +188,9 @@ def load_pipeline(
                 extra |= {"revision": revision, "variant": variant}
                 pipeline = single_file.load_single_file(cls, file[0], config, index, **extra)
     pipeline.set_progress_bar_config(disable=True)
-    for lora in loras:
-        foreign.add(pipeline, lora)
+    networks = {n: module for n in family(name).network_names if (module := getattr(pipeline, n, None)) is not None}
+    for i, lora in enumerate(loras):
+        foreign.add(pipeline, lora, networks, first=i == 0)
     return pipeline
 
 

@@ -27,9 +27,14 @@ def split(source: str | Path) -> tuple[str, str | None] | None:
     file, _, config = text.partition(f"{SUFFIX}@")
     if config:
         return file + SUFFIX, config
-    if Path(text.partition("@")[0]).suffix.lower() in PICKLES:
-        raise UserError(f"{text}: a pickle, which can run any code when it is read; save its weights as {SUFFIX}")
+    refuse_pickle(text.partition("@")[0], text)
     return (text, None) if text.endswith(SUFFIX) else None
+
+
+def refuse_pickle(file: str, said: str) -> None:
+    """UserError for a file whose name is a pickle's."""
+    if Path(file).suffix.lower() in PICKLES:
+        raise UserError(f"{said}: a pickle, which can run any code when it is read; save its weights as {SUFFIX}")
 
 
 def absolute(source: str) -> str:
@@ -38,21 +43,29 @@ def absolute(source: str) -> str:
     return "@".join(str(Path(p).resolve()) if Path(p).exists() else p for p in parts if p is not None)
 
 
-def shapes(file: str) -> dict[str, torch.Tensor]:
-    """Tensors of a file by key, without their values; UserError where it is none, or holds no network."""
-    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+def tensors(file: str) -> dict[str, torch.Tensor]:
+    """Tensors of a file by key, without their values; UserError where it is none."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(file).is_file():
         raise UserError(f"{file}: no such file")
     try:
         with safe_open(file, "pt") as content:
-            found = {k: torch.empty(content.get_slice(k).get_shape(), device="meta") for k in content.keys()}  # noqa: SIM118
+            return {k: torch.empty(content.get_slice(k).get_shape(), device="meta") for k in content.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read as {SUFFIX} ({reason(error)})") from error
+
+
+def shapes(file: str) -> dict[str, torch.Tensor]:
+    """As `tensors`; UserError also where they are no checkpoint's."""
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+    found = tensors(file)
     # what diffusers does not know it takes for SD 1
     if infer_diffusers_model_type(found) == "v1" and not any(k.startswith("model.diffusion_model.") for k in found):
-        raise UserError(f"{file}: no checkpoint of a known model; a LoRA stands behind its pipeline, PIPELINE+{file}")
+        raise UserError(
+            f"{file}: no checkpoint of a known model; a LoRA, or a network alone, stands behind its pipeline, PIPELINE+{file}"
+        )
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from fewstep.app.sources import check, load_source
 from fewstep.distill.evaluation import Teacher
@@ -51,6 +52,21 @@ def test_a_student_of_ours_has_its_own_steps(fewstep: Command, trained: Path, tm
     answer = fewstep("sample", trained, "-p", "a cat", "--eta", 0.3, "--out", tmp_path / "x.png")
     assert answer.code == 2
     assert answer.err.startswith("--eta 0.3: ")
+
+
+def test_sample_takes_a_network_alone(fewstep: Command, teacher: Path, tmp_path: Path):
+    """Its picture, and not the pipeline's."""
+    weights = {k: 0.9 * v for k, v in tiny_stable_diffusion().unet.state_dict().items()}
+    save_file(weights, tmp_path / "one_step_unet.safetensors")
+    drawn = []
+    for source in (f"{teacher}+{tmp_path / 'one_step_unet.safetensors'}", teacher):
+        own = ("--scheduler", "lcm", "--timesteps", "800", "--guidance-scale", 1)
+        answer = fewstep("sample", source, "-p", "a cat", "-n", 1, *own, "--out", tmp_path / "cat.png")
+        assert answer.code == 0, answer.err
+        drawn.append(Image.open(tmp_path / "cat.png").tobytes())
+        (image,) = Teacher(str(source)).sampler(1, 1.0, "lcm", timesteps=[800]).images(["a cat"], [0])
+        assert bytes((image * 255).round().to(torch.uint8).permute(1, 2, 0).flatten().tolist()) == drawn[-1]
+    assert drawn[0] != drawn[1]
 
 
 def test_evaluate_puts_it_beside_its_teacher(fewstep: Command, teacher: Path, source: str, tmp_path: Path):

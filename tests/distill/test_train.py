@@ -249,7 +249,10 @@ def test_what_is_missing_is_refused_before_weights_load(
         (nothing | {"method": "dmd2", "prompts": str(tmp_path / "empty.txt")}, "the file holds no prompt"),
         (nothing | {"method": "dmd2", "prompts": str(tmp_path / "none.txt")}, "cannot be read as text"),
         ({"teacher": str(tmp_path / "none")}, "no such folder"),
-        ({"teacher": "some/model+some/lora"}, "teacher: a pipeline with a LoRA; save it whole first"),
+        (
+            {"teacher": "some/model+some/lora"},
+            "teacher: a pipeline with a LoRA, or another network; save it whole first",
+        ),
         ({"report_to": "tensorbord"}, "report_to tensorbord: no tracker of accelerate; known: .*tensorboard, .*wandb"),
         ({"report_to": "tensorboard"}, "report_to tensorboard: its package is not installed"),
     ]:

@@ -130,7 +130,10 @@ def test_what_is_no_checkpoint(made: dict[str, tuple[Any, str]], student: Saved,
     assert f"{broken}: cannot be read as .safetensors" in complaint(lambda: load(f"{broken}@{config}"))
     lora = student.folder / "pytorch_lora_weights.safetensors"
     line = complaint(lambda: load(f"{lora}@{config}"))
-    assert line == f"{lora}: no checkpoint of a known model; a LoRA stands behind its pipeline, PIPELINE+{lora}"
+    assert (
+        line
+        == f"{lora}: no checkpoint of a known model; a LoRA, or a network alone, stands behind its pipeline, PIPELINE+{lora}"
+    )
     assert "/nowhere: no such folder" in complaint(lambda: load(f"{file}@/nowhere"))
 
 
