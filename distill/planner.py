@@ -21,12 +21,15 @@ from fewstep.samplers.load import DTYPES
 from fewstep.samplers.skeleton import skeleton
 
 GIB = 2**30
+FREE = 0.2
+"""Of a device, for what no count has: measured peaks are up to 1.22 of the predicted ones (benchmarks/memory.md)."""
 UNITS = {"gib": 2**30, "g": 2**30, "": 2**30, "mib": 2**20, "m": 2**20, "gb": 10**9, "mb": 10**6}
 NOTE = (
     "activations: the tensors that autograd keeps of one call of the student at this batch size, by their shapes, times "
     "the rows with a graph that the method's losses hold (an upper bound); with checkpointing the inputs of all blocks and "
     "the inside of the largest; attention by a fused kernel. Buffers of kernels and the allocator's rounding come on top: "
-    "keep a tenth free. With FSDP the whole base lies on each device before it is cut, and the total is no less"
+    "a fifth of the device is kept free for them: what needs more than four fifths and no more than all is tight, and may run "
+    "out of memory. With FSDP the whole base lies on each device before it is cut, and the total is no less"
 )
 
 
@@ -109,16 +112,16 @@ def _text(config: TrainConfig, base: Denoiser, found: dict[str, Any], limit: int
         """These and the networks are on the device together before the training, while prompts and images are encoded."""
         return base_bytes(asked, base) + beside(asked)
 
-    def fit(row: Need, asked: TrainConfig) -> bool:
+    def fit(row: Need, asked: TrainConfig) -> str:
         training = row.total + (0 if asked.offload_encoders else beside(asked))
-        return limit is not None and max(training, loaded(asked)) <= limit
+        return fits(max(training, loaded(asked)), limit or 0)
 
     table = [["strategy", "weights", "gradients", "optimiser", "activations", "total", *(["fits"] if limit else [])]]
     for name, (row, asked, *_) in found.items():
         if isinstance(row, str):
             continue
         cells = [row.weights, row.gradients, row.optimizer, row.activations, row.total]
-        table.append([name, *map(_gib, cells), *(["yes" if fit(row, asked) else "no"] if limit else [])])
+        table.append([name, *map(_gib, cells), *([fit(row, asked)] if limit else [])])
     count = sum(without_adapters(bare(n)) for n in base.networks.values())
     trained = [["trained role", *made]]
     for role in next(method for method in made.values() if not isinstance(method, str)).roles():
@@ -140,12 +143,17 @@ def _text(config: TrainConfig, base: Denoiser, found: dict[str, Any], limit: int
          if over == 1 and asked.model_dump() == config.model_dump() and ck == config.gradient_checkpointing), None,
     )  # fmt: skip
     if limit:
-        fits = [name for name, (row, asked, *_) in found.items() if not isinstance(row, str) and fit(row, asked)]
-        lines.append(f"{_gib(limit)} GiB hold: {'; '.join(fits) if fits else 'none of these'}")
+        held: dict[str, list[str]] = {"yes": [], "tight": [], "no": []}
+        for name, (row, asked, *_) in found.items():
+            if not isinstance(row, str):
+                held[fit(row, asked)].append(name)
+        lines.append(f"{_gib(limit)} GiB hold: {'; '.join(held['yes']) or 'none of these'}")
+        if held["tight"]:
+            lines.append(f"{_gib(limit)} GiB hold tightly: {'; '.join(held['tight'])}")
     if own is not None and not isinstance(found[own][0], str):
         row, asked = found[own][:2]
-        verdict = "" if not limit else ", which fits" if fit(row, asked) else ", which does not fit"
-        lines.append(f"this config: {own}, {_gib(row.total)} GiB{verdict}")
+        verdicts = {"yes": ", which fits", "tight": ", which is tight", "no": ", which does not fit"}
+        lines.append(f"this config: {own}, {_gib(row.total)} GiB{verdicts[fit(row, asked)] if limit else ''}")
     lines.append(
         f"before it trains: {_gib(loaded(config))} GiB, the networks beside text encoder and autoencoder, which encode"
         + ("" if config.offload_encoders else " and, with offload_encoders: false, stay there")
@@ -162,6 +170,11 @@ def _size(method: Any, role: str) -> str:
 
 def _gib(n: float) -> str:
     return f"{n / GIB:.2f}" if n < 100 * GIB else f"{n / GIB:.0f}"
+
+
+def fits(most: int, limit: int) -> str:
+    """Whether so many bytes at the worst moment fit a device: `yes` with `FREE` to spare, `tight` without, `no`."""
+    return "no" if most > limit else "tight" if most > (1 - FREE) * limit else "yes"
 
 
 def limit_of(memory: str | None) -> int | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fewstep.distill import planner
 from fewstep.distill.config import ConfigError, TrainConfig
 from fewstep.distill.distiller import Batch, Distiller
 from fewstep.distill.memory import Autocast, Need, activations, base_bytes, call, need
@@ -234,6 +235,17 @@ def test_a_plan_says_what_fits(tmp_path: Path):
     assert "which does not fit" in small
     guided = config(tmp_path, method="lcm", teacher=str(tmp_path / "pipeline"), guidance_scale_max=9.0)
     assert "LoRA on a shared base: a guidance input would be a new layer of the base" in plan(guided, "24GiB")
+
+
+def test_a_fifth_of_a_device_is_kept_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What needs more is tight, and said to be; here all but nothing is to be kept free."""
+    assert [planner.fits(most, 100) for most in (1, 80, 81, 100, 101)] == ["yes", "yes", "tight", "tight", "no"]
+    saved(tiny_stable_diffusion, tmp_path / "pipeline")
+    monkeypatch.setattr(planner, "FREE", 1 - 1e-9)
+    text = plan(config(tmp_path, method="dmd2", teacher=str(tmp_path / "pipeline")), "24GiB", 4)
+    assert len([line for line in text.splitlines() if line.endswith("   tight")]) == 11
+    assert "hold: none of these\n24.00 GiB hold tightly: LoRA on a shared base; " in text
+    assert "GiB, which is tight\n" in text
 
 
 def test_what_a_plan_refuses(tmp_path: Path):
