@@ -27,6 +27,7 @@ from fewstep.samplers.load import denoiser_of, dtypes, load
 from tests.distill.runs import config, metrics, write_images
 from tests.distill.test_networks import ask, gradients, three
 from tests.pipelines import tiny_pixart, tiny_stable_diffusion, tiny_wan
+from tests.pipelines_large import tiny_stable_diffusion_xl
 
 SMALL = {"max_train_steps": 3, "train_batch_size": 2, "checkpointing_steps": 3, "steps": [2], "method": "dmd2"}
 GAN = {"gan_weight": 0.01, "fake_score_updates": 2}
@@ -188,6 +189,20 @@ def test_encoders_wait_on_the_cpu_unless_told(settings: Callable[..., Any], monk
     for offload in (True, False):
         train(settings(max_train_steps=1, offload_encoders=offload, name=str(offload)), teacher=teacher())
     assert moved == [("cpu",)]
+
+
+def test_what_waits_are_all_modules_but_the_networks():
+    """And those to keep; of Wan 2.2 both transformers stay."""
+    for pipeline, keep, waiting in (
+        (tiny_stable_diffusion_xl(), ("text_encoder_2",), {"text_encoder", "vae"}),
+        (tiny_wan(two_transformers=True), (), {"text_encoder", "vae"}),
+    ):
+        denoiser = denoiser_of(pipeline)
+        denoiser.rest("meta", keep)
+        modules = {n: m for n, m in pipeline.components.items() if isinstance(m, torch.nn.Module)}
+        found = {n: {p.device.type for p in m.parameters()} for n, m in modules.items()}
+        assert found == {n: {"meta" if n in waiting else "cpu"} for n in modules}
+        assert len(modules) > len(waiting) + 1
 
 
 class Adam8(torch.optim.AdamW):

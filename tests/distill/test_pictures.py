@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from fewstep.distill.pictures import Unusable, fitted, picture, size_ids, upright_size
+from fewstep.metrics.images import read_image
 
 SIDE = (12, 8)  # width and height, as PIL has them
 
@@ -61,6 +64,33 @@ def test_sixteen_bits(kind: str):
     found = np.asarray(picture(saved(Image.fromarray(ramp), kind), "a file"))
     for channel in range(3):
         assert found[..., channel].tolist() == np.rint(ramp / 257).astype(int).tolist()
+
+
+def png_of_sixteen_bits(pixels: np.ndarray, kind: int) -> bytes:
+    """A PNG as its specification has it, which PIL reads and does not write; (H, W, channels), kind 2 RGB, 4 LA, 6 RGBA."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("kind", "levels", "wanted"),
+    [(2, (255, 128, 3), (255, 128, 3)), (6, (255, 0, 100, 51), (255, 204, 224)), (4, (0, 51), (204, 204, 204))],
+    ids=["rgb", "rgba", "grey alpha"],
+)
+def test_sixteen_bits_of_colour(kind: int, levels: tuple[int, ...], wanted: tuple[int, ...], tmp_path: Path):
+    """257 n of 65535 is n of 255, laid on white by alpha, here and where images are judged; 51 of 255 is a fifth."""
+    pixels = np.broadcast_to(257 * np.array(levels), (8, 12, len(levels)))
+    data = png_of_sixteen_bits(pixels, kind)
+    assert colour(data) == pytest.approx(wanted, abs=1)
+    (tmp_path / "a.png").write_bytes(data)
+    judged = read_image(tmp_path / "a.png").float().mean((1, 2)).tolist()
+    assert judged == pytest.approx(wanted, abs=1)
 
 
 def exchanged_profile() -> bytes:

@@ -17,10 +17,12 @@ from fewstep.samplers.denoisers.base import Denoiser
 from fewstep.samplers.errors import UserError
 from fewstep.samplers.load import denoiser_of
 from tests.pipelines import tiny_ddpm, tiny_dit, tiny_pixart, tiny_stable_diffusion, tiny_stable_diffusion_3, tiny_wan
-from tests.pipelines_large import tiny_flux, tiny_sana
+from tests.pipelines_large import tiny_flux, tiny_sana, tiny_stable_diffusion_xl
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-PROCESSORS = [tiny_stable_diffusion, tiny_ddpm, tiny_dit, tiny_pixart, tiny_stable_diffusion_3]
+PROCESSORS = [
+    *(tiny_stable_diffusion, tiny_stable_diffusion_xl, tiny_ddpm, tiny_dit, tiny_pixart, tiny_stable_diffusion_3),
+]
 DISPATCHED = [tiny_wan, tiny_flux]
 
 
