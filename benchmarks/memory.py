@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--iterations 2] [--rank 16] [--markdown FILE]
 
-Each row is a process of its own: a UNet of some 80M random weights beside the embedded teacher's text encoder, batch 1,
+Each row is a process of its own: a UNet of 70,626,180 random weights beside the embedded teacher's text encoder, batch 1,
 iterations in which student and fake score step. Measured is the peak of resident memory above what it was after all
 imports (Linux). Prints a table; exit code 1 where the LoRA needs half of the copies' peak or more.
 """
