@@ -18,13 +18,28 @@ from torch import Tensor
 from fewstep.distill.distiller import Batch
 from fewstep.distill.methods.distribution_matching import DistributionMatching, Draws
 from fewstep.samplers.denoisers.base import Denoiser
+from fewstep.samplers.noise import NoiseProcess
 from tests.distill.gaussian import PROCESSES, Teacher, method
 
 SHIFT = 0.5  # of the prompt (exact in float32): the guided teacher's mean is m + g SHIFT
-LEVELS = torch.tensor([0.1, 0.35, 0.6, 0.9]).double()
+RATIOS = (0.1, 0.5, 1.0, 3.0)
+"""Sigma over alpha at the four levels that are looked at: even ones of an EDM would have next to no noise."""
 Z, EPS = torch.tensor(
     [[1, 1, -1, -1], [1, -1, 1, -1]]
 ).double()  # means of 1, z, eps, their squares and product are exact
+
+
+def assert_relative(actual: Tensor, expected: Tensor, tolerance: float = 1e-6, floor: float = 1e-6) -> None:
+    """Each number by itself, and none so small that rounding would be compared with rounding."""
+    assert expected.abs().min() > floor
+    assert ((actual - expected) / expected).abs().max() < tolerance
+
+
+def at(noise: NoiseProcess, *ratios: float) -> Tensor:
+    """Levels t where sigma / alpha is near to each of the ratios, float64."""
+    t = torch.linspace(0, 1, 10_001).double()
+    gaps = noise.sigma(t) / noise.alpha(t) - torch.tensor(ratios).double()[:, None]
+    return t[gaps.abs().argmin(1)]
 
 
 @dataclass
@@ -65,7 +80,7 @@ def exact(folder: Path, process: str, laws: Laws, **changes: Any) -> Distributio
 def rows(made: DistributionMatching, laws: Laws) -> tuple[Batch, Tensor, Tensor, Tensor]:
     """Batch, samples, levels and noises, four rows a level, (16, 1, 1, 1)."""
     z, eps = (v.repeat(4).reshape(16, 1, 1, 1) for v in (Z, EPS))
-    t = made.noise.shift(LEVELS).repeat_interleave(4)
+    t = at(made.noise, *RATIOS).repeat_interleave(4)
     return prompts_of(made.teacher.denoiser, [str(SHIFT)] * 16), laws.b + laws.c * z, t, eps
 
 
@@ -85,5 +100,5 @@ def moments(made: DistributionMatching, laws: Laws) -> tuple[Tensor, Tensor]:
 
 def levels(made: DistributionMatching) -> tuple[Tensor, Tensor]:
     """Alpha and sigma of the four levels."""
-    t = made.noise.shift(LEVELS)
+    t = at(made.noise, *RATIOS)
     return made.noise.alpha(t), made.noise.sigma(t)

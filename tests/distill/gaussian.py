@@ -24,6 +24,7 @@ from tests.distill.runs import config, trainer
 
 PROCESSES: dict[str, NoiseProcess] = {
     "vp": vp(),
+    "vp_sample": vp("sample"),
     "vp_v_zero_snr": vp("v_prediction", zero_terminal_snr=True),
     "flow": Flow(),
     "flow_shifted": Flow(3.0),

@@ -18,8 +18,7 @@ from fewstep.samplers.errors import UserError
 from fewstep.samplers.plan import generators
 from fewstep.samplers.rules import randn
 from tests.closed_form import vp
-from tests.distill.exact import EPS, Laws, Z, exact, levels
-from tests.distill.exact import LEVELS as FOUR
+from tests.distill.exact import EPS, RATIOS, Laws, Z, assert_relative, at, exact, levels
 from tests.distill.exact import SHIFT as PROMPT
 from tests.distill.gaussian import PROCESSES, Teacher, calls, laws, lora, method, rows_by_backward, under_training
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
@@ -74,17 +73,16 @@ def test_gradient_moments(name: str, tmp_path: Path):
     assert made.config.weight == "mean_gap"
     mu = x.m + SCALE * PROMPT
     z, eps = (v.reshape(1, 1, 2, 2).expand(4, 1, 2, 2) for v in (Z, EPS))
-    t = made.noise.shift(FOUR)
+    t = at(made.noise, *RATIOS)
     batch = prompts_of(made.teacher.denoiser, [str(PROMPT)] * 4)
     found = direction(made, batch, x.b + x.c * z, t, eps)
     a, s = levels(made)
     v_t, v_f = a**2 * x.S**2 + s**2, a**2 * x.c**2 + s**2
     of_mean, of_z, of_eps = (x.b - mu) * s**2 / v_t, x.c * s**2 / v_t, (a * x.S**2 * s / v_t).abs()
     gap = ((of_mean + of_z).abs().maximum(of_eps) + (of_mean - of_z).abs().maximum(of_eps)) / 2
-    gap = gap.clamp(min=1e-3)  # which is reached by the EDM's lowest level alone; there rounding is 1e-16 / 1e-3
-    assert torch.allclose(found.mean((1, 2, 3)), of_mean / gap, rtol=1e-6, atol=1e-12)
+    assert_relative(found.mean((1, 2, 3)), of_mean / gap)
     wanted = a**2 * x.c * s**2 * (x.c**2 - x.S**2) / (v_f * v_t) / gap
-    assert torch.allclose((found * z).mean((1, 2, 3)), wanted, rtol=1e-6, atol=1e-12)
+    assert_relative((found * z).mean((1, 2, 3)), wanted)
 
 
 @pytest.mark.parametrize("name", PROCESSES)

@@ -20,7 +20,18 @@ from fewstep.samplers.noise import EDM, Flow, TrigFlow
 from fewstep.samplers.plan import generators, sample
 from fewstep.samplers.rules import randn
 from tests.closed_form import vp
-from tests.distill.exact import SHIFT, Laws, exact, gaussian, levels, moments, on_the_sample, prompts_of, rows
+from tests.distill.exact import (
+    SHIFT,
+    Laws,
+    assert_relative,
+    exact,
+    gaussian,
+    levels,
+    moments,
+    on_the_sample,
+    prompts_of,
+    rows,
+)
 from tests.distill.gaussian import PROCESSES, Teacher, calls, laws, lora, method, under_training
 from tests.distill.test_backward_simulation import Sequential
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
@@ -51,9 +62,9 @@ def test_gradient_moments(name: str, alpha: float, split: bool, tmp_path: Path):
     v_t, v_f = a**2 * x.S**2 + s**2, a**2 * x.c**2 + s**2
     mean, slope = moments(made, x)
     wanted = (x.b - x.m - SHIFT) * s**4 * ((2 * alpha - 1) * v_t + 2 * (1 - alpha) * v_f) / (v_t**2 * v_f)
-    assert torch.allclose(mean, wanted, rtol=1e-6, atol=1e-13)
+    assert_relative(mean, wanted)
     wanted = 2 * a**2 * x.c * s**4 * (x.c**2 - x.S**2) * (alpha * v_t + (1 - alpha) * v_f) / (v_t**2 * v_f**2)
-    assert torch.allclose(slope, wanted, rtol=1e-6, atol=1e-13)
+    assert_relative(slope, wanted)
 
 
 @pytest.mark.parametrize(("teacher", "fake"), [(1.5, 1.5), (3.0, 1.0), (1.0, 0.0), (1.0, -1.0)])
@@ -72,7 +83,7 @@ def test_each_score_is_guided_by_its_own_scale(teacher: float, fake: float, tmp_
     q = -(x.b - x.m - teacher * SHIFT) * s**2 / v_t
     gap = q + (x.b - fake_mean) * s**2 / v_f
     wanted = -gap + (1 - s**2 / v_t) * (q + (1 - 2 * alpha) * gap) + (1 - s**2 / v_f) * (2 * alpha * gap - q)
-    assert torch.allclose(moments(made, x)[0], wanted, rtol=1e-6, atol=1e-13)
+    assert_relative(moments(made, x)[0], wanted)
 
 
 @pytest.mark.parametrize("weight", ["none", "mean_gap"])
