@@ -16,7 +16,7 @@ Divergence = Literal["reverse_kl", "huber_kl", "sid", "sim", "f_distill", "uni_i
 Explicit = ("reverse_kl", "huber_kl", "f_distill")
 """Divergences whose direction on the sample needs no graph through teacher and fake score."""
 OfRatio = ("f_distill", "uni_instruct")
-"""Divergences that weigh a sample by its density ratio, which a discriminator tells."""
+"""Divergences that weigh a sample by a function of its density ratio, which a discriminator tells."""
 Discriminator = Literal["heads", "mean"]
 DiscriminatorFeatures = Literal["fake_score", "teacher"]
 Weight = Literal["mean_gap", "alpha", "alpha_sigma", "none"]
@@ -158,17 +158,20 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
                 f"start_gap {self.start_gap:g}: of policy trajectory; with {self.policy} every step count asks the first "
                 "call for the same"
             )
-        if self.policy != "trajectory" and (self.step_conditioned or not self.separate_levels):
-            key = "step_conditioned" if self.step_conditioned else "separate_levels"
-            raise ValueError(f"{key}: of policy trajectory, now {self.policy}")
+        of_steps = {
+            "step_conditioned": self.step_conditioned,
+            "separate_levels": not self.separate_levels,
+            "fake_score_target x0_hat": self.fake_score_target == "x0_hat",
+        }
+        for key, asked in of_steps.items():
+            if asked and self.policy != "trajectory":
+                raise ValueError(f"{key}: of policy trajectory, now {self.policy}")
         if not self.separate_levels and not self.step_conditioned:
             raise ValueError(
                 "separate_levels false: the ends of several steps meet at one level, each with a law of its own; set "
                 "step_conditioned: true"
             )
         if self.policy not in Noisy:
-            if self.fake_score_target == "x0_hat":
-                raise ValueError("fake_score_target x0_hat is of policy trajectory; clean samples have one target")
             return self
         if self.divergence not in ("reverse_kl", "huber_kl"):
             raise ValueError(
@@ -180,6 +183,10 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
         if self.policy == "phases" and len(self.steps) > 1:
             raise ValueError(
                 f"policy phases trains one step count, got steps {self.steps}: the phases are those of its levels"
+            )
+        if self.policy == "phases" and self.parts > 1:
+            raise ValueError(
+                f"parts {self.parts}: several students of phases, a file for each of each, are not there; choose one"
             )
         for count in self.steps:
             self._levels_left(count)
@@ -227,14 +234,19 @@ class DistributionMatchingConfig(RegressionConfig, TrainConfig, frozen=True):
         return self
 
     @property
+    def needs_ratio(self) -> bool:
+        """Whether the divergence weighs samples by their density ratio; reverse KL weighs them alike, in either form."""
+        return self.divergence in OfRatio and self.f != "rkl"
+
+    @property
     def discriminates(self) -> bool:
         """Whether the fake score's role owns a discriminator, which needs images."""
-        return self.gan_weight > 0 or self.divergence in OfRatio
+        return self.gan_weight > 0 or self.needs_ratio
 
     @property
     def own_gan_levels(self) -> bool:
         """Whether it looks at noised samples of its own; a ratio is needed where the scores are compared."""
-        return self.discriminator == "heads" and self.divergence not in OfRatio
+        return self.discriminator == "heads" and not self.needs_ratio
 
     @field_validator("max_level")
     @classmethod

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from fewstep.distill.family_config import DistributionMatchingConfig, OfRatio
+from fewstep.distill.family_config import DistributionMatchingConfig
 
 
 class DisBackConfig(DistributionMatchingConfig, frozen=True):
@@ -55,7 +55,7 @@ class DisBackConfig(DistributionMatchingConfig, frozen=True):
                 f"nodes {self.nodes}: the teacher is the target from iteration {self.arrival}, and max_train_steps is "
                 f"{self.max_train_steps}: the student would never learn it"
             )
-        if self.divergence in OfRatio and self.gan_warmup_steps < self.arrival:
+        if self.needs_ratio and self.gan_warmup_steps < self.arrival:
             raise ValueError(
                 f"gan_warmup_steps {self.gan_warmup_steps}: {self.divergence}'s ratio is of the teacher, which is the target "
                 f"from iteration {self.arrival}; give at least that"

@@ -65,10 +65,6 @@ def refuse(config: TrainConfig) -> None:
             "config: teacher: a pipeline with a LoRA, or another network; save it whole first (fuse_lora and save_pretrained "
             "of diffusers), since the student's card loads one pipeline"
         )
-    if getattr(config, "policy", None) == "phases" and getattr(config, "parts", 1) > 1:
-        raise ConfigError(
-            "config: parts: several students of phases, a file for each of each, are not there; choose one"
-        )
     if getattr(config, "policy", None) == "phases" and holds_lora(resolve(config.teacher)):
         raise ConfigError(
             "config: teacher: a LoRA student, on which phases, LoRAs too, cannot be loaded; export it fused"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.distill.distiller import Batch, Distiller, Losses, Role
-from fewstep.distill.family_config import DistributionMatchingConfig, Explicit, Noisy, OfRatio
+from fewstep.distill.family_config import DistributionMatchingConfig, Explicit, Noisy
 from fewstep.distill.networks import Networks
 from fewstep.distill.objectives import adversarial, cost, implicit, phases, policy, regression
 from fewstep.distill.objectives.divergence import huber, reverse_kl, sid, sim, spread, surrogate, weighted
@@ -180,7 +180,7 @@ class DistributionMatching(Distiller):
         if self.discriminator is not None and iteration - c.regression_warmup_steps >= c.gan_warmup_steps:
             g, logits = self.adversarial_direction(self.discriminator, x0, draws, condition)
             scalars["gan"] = adversarial.generator_loss(logits).mean()
-            ratio = density_ratio(logits, t) if c.divergence in OfRatio else None
+            ratio = density_ratio(logits, t) if c.needs_ratio else None
         scale = c.guidance_scale if draws.scale is None else draws.scale
         d, r, f = self.direction(x0, t, eps, condition, scale, ratio, point)
         if g is not None:  # Diffusion-GAN has the divergence's weight

@@ -364,3 +364,7 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], said: str, tmp_path:
     with pytest.raises(ConfigError, match=said):
         config(tmp_path, **(PATH | changes))
     config(tmp_path, **(PATH | changes | {"nodes": 0}))
+
+
+def test_reverse_kl_waits_for_no_ratio(tmp_path: Path):
+    config(tmp_path, **PATH, divergence="uni_instruct", f="rkl")

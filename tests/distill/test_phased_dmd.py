@@ -92,8 +92,13 @@ def test_what_has_no_phases_is_refused(tmp_path: Path):
         phased(tmp_path, steps=[3])
     with pytest.raises(UserError, match=r"in the phase from 0.45 to 0.5, where a network of the teacher ends"):
         phased(tmp_path, init_level=0.45)
-    with pytest.raises(ConfigError, match="policy phases trains one step count"):
-        config(tmp_path, method="phased_dmd", steps=[2, 4])
+    for changes, words in (
+        ({"steps": [2, 4]}, "policy phases trains one step count"),
+        ({"parts": 2}, "parts 2: several students of phases"),
+        ({"fake_score_target": "x0_hat"}, "fake_score_target x0_hat: of policy trajectory, now phases"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            config(tmp_path, method="phased_dmd", **changes)
 
 
 def test_whose_turn_it_is(tmp_path: Path):

@@ -249,7 +249,7 @@ def test_every_step_of_a_trained_student_ends_in_the_guided_teachers_law(name: s
         ({"policy": "phases", "gan_weight": 1e-3, "train_data": "x"}, "policy phases takes no GAN"),
         ({"steps": [4], "max_level": 0.7}, "no level is left to compare scores in step 1 of 4"),
         ({"min_level": 0.3}, "in step 4 of 4, from 0.25 to 0"),
-        ({"policy": "backward_simulation", "fake_score_target": "x0_hat"}, "clean samples have one target"),
+        ({"policy": "backward_simulation", "fake_score_target": "x0_hat"}, "x0_hat: of policy trajectory, now back"),
     ],
 )
 def test_refused(changes: dict[str, Any], words: str, tmp_path: Path):

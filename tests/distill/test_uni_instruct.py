@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep.distill.family_config import DistributionMatchingConfig
 from fewstep.distill.methods.distribution_matching import Draws
 from fewstep.distill.objectives import implicit
 from fewstep.distill.objectives.divergence import reverse_kl, sid
 from fewstep.distill.objectives.f_divergence import H, density_ratio, uni_instruct, weights
-from tests.distill.exact import Laws, exact, rows
+from tests.distill.exact import Laws, assert_relative, exact, rows
+from tests.distill.runs import config
 
 F: dict[str, Callable[[Tensor], Tensor]] = {
     "rkl": lambda r: -r.log(),
@@ -55,15 +57,19 @@ def log_ratio(y: Tensor, m: Tensor | float, q: Tensor | float) -> Tensor:
     return ((y - m) ** 2 / q - (y - MU) ** 2 / P) / 2 + (q / P).log() / 2
 
 
+def h_of(f: str, r: Tensor) -> Tensor:
+    """r^2 f''(r) of f itself."""
+    x = r.clone().requires_grad_()
+    (first,) = torch.autograd.grad(F[f](x).sum(), x, create_graph=True)
+    return r**2 * torch.autograd.grad(first.sum(), x)[0]
+
+
 @pytest.mark.parametrize("f", F)
 def test_weights(f: str):
     """h = r^2 f'' of f itself, and its derivatives as in the paper's table."""
     r = torch.tensor([0.2, 0.7, 1.0, 1.6, 5.0]).double()
-    x = r.clone().requires_grad_()
-    (first,) = torch.autograd.grad(F[f](x).sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), x)
     h, slope, curve = weights(r, f)
-    assert torch.allclose(h, r**2 * second, rtol=1e-10)
+    assert torch.allclose(h, h_of(f, r), rtol=1e-10)
     wanted_slope, wanted_curve = SHARES[f](r)
     assert torch.allclose(slope, wanted_slope, atol=1e-12)
     assert torch.allclose(-curve, wanted_curve, atol=1e-12)
@@ -112,7 +118,7 @@ def test_the_exact_gradient_is_that_of_the_expanded_divergence(f: str):
     """Student M + K z at one level: means of d and d z over z and eps are dI/dm and dI/dk, times nu^4."""
     found = gradient(f, exact_form=True)
     wanted, at_level = divergences(f)
-    assert torch.allclose(found, wanted, rtol=1e-6)
+    assert_relative(found, wanted)
 
     # f-distill: h (F - R) / nu^2 is the gradient of D_f at this level
     z, eps, mass, ratio = draws()
@@ -120,7 +126,7 @@ def test_the_exact_gradient_is_that_of_the_expanded_divergence(f: str):
     r, fk = teacher(ALPHA * (x0 + NU * eps)), fake(ALPHA * (x0 + NU * eps))
     d = weights(ratio, f)[0][:, None] * reverse_kl(r, fk) / NU**2
     found = torch.stack([(mass * d[:, 0]).sum(), (mass * d[:, 0] * z[:, 0]).sum()])
-    assert torch.allclose(found, at_level, rtol=1e-6)
+    assert_relative(found, at_level)
 
 
 def test_the_published_form():
@@ -130,10 +136,24 @@ def test_the_published_form():
     assert torch.allclose(uni_instruct(x0, r, f, ones, torch.ones(3, 1), exact=False), sid(x0, r, f, 1.0))
 
 
-def test_the_published_form_at_the_exact_ratio():
-    """Of kl, h = r turns means over the student into means over the teacher. With D = m - mu, s_p and s_q the two scores at y,
+@pytest.mark.parametrize("f", F)
+def test_the_published_form_at_the_exact_ratio(f: str):
+    """With s_p and s_q the two scores at y, the student's law N(m, Q),
 
     d / nu^2 = h [(s_p - s_q)' eta - nu^2 (s_p - s_q) / Q], E[eta | y] = 0, E[eta z | y] = -k nu^2 / Q, E[z | y] = k (y - m) / Q:
+    E d / nu^4 = -E_q[h (s_p - s_q)] / Q and E d z / nu^4 = -k E_q[h ((s_p - s_q)' + (s_p - s_q)(y - m) / Q)] / Q,
+    integrals over y alone, with h of f itself.
+    """
+    u, mass = line(2001)
+    y = M + Q**0.5 * u
+    h, scores = mass * h_of(f, log_ratio(y, M, Q).exp()), (y - M) / Q - (y - MU) / P
+    slope = 1 / Q - 1 / P + scores * (y - M) / Q
+    assert_relative(gradient(f, exact_form=False), torch.stack([-(h * scores).sum() / Q, -K * (h * slope).sum() / Q]))
+
+
+def test_the_published_form_by_hand():
+    """Of kl, h = r turns means over the student into means over the teacher. With D = m - mu and d as above,
+
     E d / nu^4 = -E_p(s_p - s_q) / Q = D / Q^2, half the exact form's dI/dm = 2 D / Q^2, and
     E d z / nu^4 = k (1/P - 1/Q) / Q - k ((P + D^2) / Q - 1) / Q^2, which is not half of dI/dk: h is held.
     Of rkl, h = 1: D / (P Q) and 2 k (1/P - 1/Q) / Q. Of jf, h = 1 + r: the sum of the two.
@@ -142,7 +162,7 @@ def test_the_published_form_at_the_exact_ratio():
     kl = torch.tensor([D / Q**2, K * (1 / P - 1 / Q) / Q - K * ((P + D**2) / Q - 1) / Q**2]).double()
     rkl = torch.tensor([D / (P * Q), 2 * K * (1 / P - 1 / Q) / Q]).double()
     for f, wanted in (("kl", kl), ("rkl", rkl), ("jf", kl + rkl)):
-        assert torch.allclose(gradient(f, exact_form=False), wanted, rtol=1e-6), f
+        assert_relative(gradient(f, exact_form=False), wanted)
     half = gradient("kl", exact_form=True) / 2
     assert torch.allclose(half[0], kl[0], rtol=1e-6)
     assert abs(half[1] / kl[1] - 1) > 0.1
@@ -204,17 +224,18 @@ def test_the_exact_forms_push_is_bounded():
 BASE: dict[str, Any] = {"method": "uni_instruct", "weight": "none", "gan_weight": 0.0, "train_data": "in memory"}
 
 
+@pytest.mark.parametrize("f", F)
 @pytest.mark.parametrize("exact_form", [True, False])
 @pytest.mark.parametrize("name", ["vp", "flow", "edm"])
-def test_the_method_is_the_potential_with_a_normalised_ratio(name: str, exact_form: bool, tmp_path: Path):
+def test_the_method_is_the_potential_with_a_normalised_ratio(name: str, exact_form: bool, f: str, tmp_path: Path):
     """h, r h', r^2 h'' divided by the mean of h; nu of each row's level; f_distill has the same h."""
     x = Laws()
-    made = exact(tmp_path, name, x, **BASE, exact_divergence=exact_form, f="kl")
+    made = exact(tmp_path, name, x, **BASE, exact_divergence=exact_form, f=f)
     batch, x0, t, eps = rows(made, x)
     assert batch.condition is not None
     ratio = torch.linspace(0.5, 2, 16).double()
-    found, r, f = made.direction(x0, t, eps, batch.condition, 1.0, ratio)
-    h, slope, curve = (v / ratio.mean() for v in weights(ratio, "kl"))
+    found, teacher_x0, fake_x0 = made.direction(x0, t, eps, batch.condition, 1.0, ratio)
+    h, slope, curve = (v / h_of(f, ratio).mean() for v in weights(ratio, f))
     a, s = made.noise.levels(t, x0)
     potential = partial(uni_instruct, ratio=(h, slope, curve), nu=s / a, exact=exact_form)
     wanted, *_ = implicit.direction(
@@ -225,9 +246,9 @@ def test_the_method_is_the_potential_with_a_normalised_ratio(name: str, exact_fo
         lambda x_t: made.fake_score.denoiser.x0(x_t, t, batch.condition),  # type: ignore[arg-type]
     )
     assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-14)
-    distilled = exact(tmp_path, name, x, **(BASE | {"divergence": "f_distill", "f": "kl"}))
+    distilled = exact(tmp_path, name, x, **(BASE | {"divergence": "f_distill", "f": f}))
     d, *_ = distilled.direction(x0, t, eps, batch.condition, 1.0, ratio)
-    assert torch.allclose(d, h.reshape(-1, 1, 1, 1) * (f - r), rtol=1e-10)
+    assert torch.allclose(d, h.reshape(-1, 1, 1, 1) * (fake_x0 - teacher_x0), rtol=1e-10)
 
 
 def test_one_row_has_its_own_weight(tmp_path: Path):
@@ -260,6 +281,30 @@ def test_identities(tmp_path: Path):
     dmd = direction(method="dmd2", **unguided)
     assert torch.allclose(direction(divergence="f_distill", f="js"), dmd, rtol=1e-10)
     assert not torch.allclose(dmd, one, rtol=0.1)
+
+
+@pytest.mark.parametrize("exact_form", [True, False])
+@pytest.mark.parametrize("divergence", ["uni_instruct", "f_distill"])
+def test_reverse_kl_asks_for_no_ratio(divergence: str, exact_form: bool, tmp_path: Path):
+    """Whose h is 1: prompts are enough, and no discriminator is trained; every other f has one, and needs images."""
+    own: dict[str, Any] = {**BASE, "divergence": divergence, "exact_divergence": exact_form}
+    for f in F:
+        method = exact(tmp_path, "vp", Laws(), **own, f=f)
+        assert (method.discriminator is None) is (f == "rkl")
+        assert method.needs_of(method.config) == ({"prompts"} if f == "rkl" else {"prompts", "images"})
+    made = exact(tmp_path, "vp", Laws(), **own, f="rkl")
+    batch, x0, t, eps = rows(made, Laws())
+    assert batch.condition is not None
+    ratio = torch.linspace(0.5, 2, 16).double()
+    told, untold = (made.direction(x0, t, eps, batch.condition, 1.0, r)[0] for r in (ratio, None))
+    assert torch.equal(told, untold)
+    assert untold.abs().max() > 1e-3
+    own |= {"gan_weight": 0.1, "discriminator": "heads"}  # which have levels of their own where nobody reads a ratio
+    for f in F:
+        asked = config(tmp_path, **own, f=f)
+        assert isinstance(asked, DistributionMatchingConfig)
+        assert asked.discriminates
+        assert asked.own_gan_levels is (f == "rkl")
 
 
 def test_the_ratio_comes_from_the_discriminator(tmp_path: Path):
