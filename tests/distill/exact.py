@@ -58,21 +58,25 @@ def prompts_of(teacher: Denoiser, prompts: Sequence[str]) -> Batch:
 
 def gaussian(made: DistributionMatching, mean: float | Tensor, std: float | Tensor, gain: float = 0.0) -> None:
     """Make the fake score the exact one of N(mean, std^2); `gain`: how far the prompt moves the mean."""
-    network = made.fake_score.denoiser.network
     with torch.no_grad():
-        network.mean.copy_(torch.as_tensor(mean, dtype=torch.float64).expand_as(network.mean))
-        network.log_std.copy_(torch.as_tensor(std, dtype=torch.float64).log().expand_as(network.log_std))
-        network.gain.fill_(gain)
+        for network in made.fake_score.denoiser.networks.values():
+            network.mean.copy_(torch.as_tensor(mean, dtype=torch.float64).expand_as(network.mean))
+            network.log_std.copy_(torch.as_tensor(std, dtype=torch.float64).log().expand_as(network.log_std))
+            network.gain.fill_(gain)
 
 
-def exact(folder: Path, process: str, laws: Laws, **changes: Any) -> DistributionMatching:
+def exact(
+    folder: Path, process: str, laws: Laws, teacher: type[Teacher] = Teacher, **changes: Any
+) -> DistributionMatching:
     """A method of the family in float64 whose fake score is the student's own."""
-    made = method(folder, Teacher(PROCESSES[process], [laws.m], [laws.S], side=1), **changes)
+    made = method(folder, teacher(PROCESSES[process], [laws.m], [laws.S], side=1), **changes)
     for role in made.roles().values():
-        role.denoiser.network.double()
+        for network in role.denoiser.networks.values():
+            network.double()
     with torch.no_grad():  # in float32 these are off by 1e-8
-        made.teacher.denoiser.network.mean.fill_(laws.m)
-        made.teacher.denoiser.network.log_std.fill_(math.log(laws.S))
+        for network in made.teacher.denoiser.networks.values():
+            network.mean.fill_(laws.m)
+            network.log_std.fill_(math.log(laws.S))
     gaussian(made, laws.b, laws.c)
     return made
 

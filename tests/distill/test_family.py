@@ -2,42 +2,68 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from fewstep.distill.methods.distribution_matching import DistributionMatching
+from fewstep.distill.config import ConfigError
+from fewstep.distill.distiller import Pairs
+from fewstep.distill.family_config import Divergence, Noisy, OfRatio, Policy
+from fewstep.distill.methods.distribution_matching import DistributionMatching, Draws
 from fewstep.distill.networks import require_grad
+from fewstep.distill.objectives.policy import Point
 from fewstep.distill.presets import PRESETS
 from fewstep.distill.random import Rngs
-from tests.distill.exact import SHIFT, Laws, exact, on_the_sample, prompts_of, rows
+from fewstep.samplers.adapters import bare
+from fewstep.samplers.plan import generators
+from fewstep.samplers.rules import randn
+from tests.distill.exact import RATIOS, SHIFT, Laws, at, exact, prompts_of, rows
 from tests.distill.gaussian import PROCESSES, Teacher, calls, laws, lora, method, rows_by_backward, under_training
+from tests.distill.runs import config
+from tests.distill.test_phased_dmd import Experts
 from tests.pipelines import PROMPTS, tiny_stable_diffusion
 
 ONE = {"guidance_scale": 2.0}  # guidances of the fake score stay the preset's
 
 
 def direction(folder: Path, **changes: Any) -> Tensor:
-    """At one state: a student, a fake score and a teacher that are all different, and a discriminator of x_t."""
+    """At one state: a student, a fake score and a teacher that are all different, a discriminator of x_t, and pairs.
+
+    All that the student's losses do to its output, which is the same whatever it is called with. A policy that compares
+    where steps end has the samples with half the noise of the level, and noises them on.
+    """
     x = Laws()
-    made = exact(folder, "vp", x, **({"gan_warmup_steps": 0, "train_data": "in memory"} | changes))
+    defaults = {"gan_warmup_steps": 0, "train_data": "in memory", "regression_metric": "squared"}
+    teacher = Experts if changes["method"] == "phased_dmd" else Teacher
+    made = exact(folder, "vp", x, teacher, **(defaults | changes))
     if made.discriminator is not None:
         made.discriminator = lambda x_t, t, condition: x_t.flatten(1)  # type: ignore[assignment]
     with torch.no_grad():
-        made.fake_score.denoiser.network.mean += 0.2
-        made.fake_score.denoiser.network.gain.fill_(0.4)
-    return on_the_sample(made, *rows(made, x))
+        for network in made.fake_score.denoiser.networks.values():
+            network.mean += 0.2
+            network.gain.fill_(0.4)
+    batch, x0, t, eps = rows(made, x)
+    assert batch.condition is not None
+    batch.pairs, point = Pairs(eps, 0.3 - 0.5 * eps, batch.condition), None
+    if made.config.policy in Noisy:
+        s = at(made.noise, *(ratio / 2 for ratio in RATIOS)).repeat_interleave(4)
+        point = Point(made.noise.add(x0, -eps, s), x0, torch.ones_like(s), s, s)
+    output = x0.clone().requires_grad_()
+    made.student.denoiser.x0 = lambda *_: output  # type: ignore[method-assign]
+    draws = Draws(output, {"student": t}, {"student": eps}, point)
+    total = sum(losses.total for losses in made.loss("student", batch, draws, 0))
+    assert isinstance(total, Tensor)
+    return torch.autograd.grad(total, output)[0] * x0.numel()
 
 
 def test_presets_differ(tmp_path: Path):
-    """Of any two the directions are not even parallel. Phased DMD's is DMD2's, at other points (test_phased_dmd.py), and
-    DMD's too, beside its regression (test_regression.py).
-    """
-    found = {name: direction(tmp_path, method=name, **ONE) for name in PRESETS if name not in ("dmd", "phased_dmd")}
+    """Of any two the directions are not even parallel: Phased DMD's is DMD2's at other points, DMD's that beside a regression."""
+    found = {name: direction(tmp_path, method=name, **ONE) for name in PRESETS}
+    assert all(d.abs().max() > 1e-3 for d in found.values())
     for one, other in combinations(found, 2):
         assert torch.cosine_similarity(found[one].flatten(), found[other].flatten(), 0) < 0.999, (one, other)
 
@@ -61,13 +87,146 @@ def test_presets_differ(tmp_path: Path):
         ({"method": "sid", "fake_guidance_scale": 4.5}, {"method": "sid_fewstep"}, 1.0),
         ({"method": "dmd", "regression_weight": 0.0}, {"method": "dmd2"}, 1.0),
         # TDM is DMD where its Huber form is quadratic: e / sqrt(e^2 + c^2) = e / c up to (e / c)^2
-        ({"method": "tdm", "huber_c": 1.0e5}, {"method": "dmd2"}, 1.0e5),
+        ({"method": "tdm", "huber_c": 1.0e5, "policy": "backward_simulation"}, {"method": "dmd2"}, 1.0e5),
+        # Phased DMD is TDM without Huber where their steps end at one level
+        ({"method": "tdm", "divergence": "reverse_kl"}, {"method": "phased_dmd"}, 1.0),
     ],
 )
 def test_identities(one: dict, other: dict, factor: float, tmp_path: Path):
     a, b = direction(tmp_path, **(ONE | one)), direction(tmp_path, **(ONE | other))
     assert torch.allclose(factor * a, b, rtol=1e-9, atol=1e-14)
     assert b.abs().max() > 1e-3
+
+
+def in_one_graph(method: str, x0: Tensor, r: Tensor, f: Tensor, nu: Tensor) -> Tensor:
+    """The potential of each element, as its paper writes it, over DMD's normaliser; of js at ratio 1, h and its derivatives over h."""
+    gap, eta = r - f, f - x0
+    value = {
+        "sid": gap * ((r - x0) - 1.2 * gap),
+        "sim": gap / (gap.square().mean((1, 2, 3), keepdim=True) + 0.1**2).sqrt() * eta,
+        "uni_instruct": 2 * gap * eta + 0.5 * gap**2,
+    }[method]
+    if method == "uni_instruct":
+        inner, square = ((gap * v).sum((1, 2, 3), keepdim=True) for v in (eta, gap))
+        value = value + (((inner + 0.5 * square) / nu**2).clamp(-10, 10) * gap).detach() * x0
+    return value / (x0 - r).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3).detach()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("name", ["sid", "sim", "uni_instruct"])
+def test_the_split_is_the_gradient_of_one_graph(name: str, kind: str, tmp_path: Path):
+    """To 1e-12 in the student's own parameters, guided, with DMD's weight, against student, teacher and fake in one graph."""
+    guided = {"guidance_scale": 3.0, "fake_guidance_scale": 1.5, "fake_train_guidance_scale": 1.5}
+    parts = {"sid_alpha": 1.2, "huber_c": 0.1, "exact_divergence": True, "weight": "mean_gap"}
+    if kind == "full":
+        made = exact(tmp_path, "flow", Laws(), method=name, **guided, **parts)
+        made.student.denoiser.network.mean.data += 0.3
+        batch = prompts_of(made.teacher.denoiser, ["0.4", "1"])
+    else:
+        pipeline = tiny_stable_diffusion()
+        pipeline.unet.double()
+        made = lora(tmp_path, pipeline, method=name, **guided, **parts)
+        bare(made.student.denoiser.network).double()
+        batch = prompts_of(made.student.denoiser, PROMPTS)
+    assert batch.condition is not None
+    z, eps = (randn((2, *batch.shape), generators([i, i + 5])).double() for i in (0, 1))
+    t, top = torch.tensor([0.3, 0.7]).double(), torch.tensor(made.top).double()
+    parameters = list(made.student.parameters.values())
+    require_grad(made.roles(), ["student"])
+    found = {}
+    for split in (True, False):
+        object.__setattr__(made.config, "split_gradient", split)
+        x0 = made.student.denoiser.x0(made.scale * z, top, batch.condition)
+        (losses,) = made.loss("student", batch, Draws(x0, {"student": t}, {"student": eps}), 0)
+        found[split] = torch.autograd.grad(losses.total * x0.numel(), parameters, allow_unused=True)
+
+    x0 = made.student.denoiser.x0(made.scale * z, top, batch.condition)
+    x_t = made.noise.add(x0, eps, t)
+    r = made.teacher.denoiser.guided_x0(x_t, t, batch.condition, 3.0)
+    f = made.fake_score.denoiser.guided_x0(x_t, t, batch.condition, 1.5)
+    alpha, sigma = made.noise.levels(t, x0)
+    total = in_one_graph(name, x0, r, f, sigma / alpha).sum()
+    wanted = torch.autograd.grad(total, parameters, allow_unused=True)
+    size = max(w.abs().max() for w in wanted if w is not None)
+    assert size > 1e-3
+    for got in found.values():
+        for a, b in zip(got, wanted, strict=True):
+            assert (a is None) == (b is None)
+            assert b is None or (a - b).abs().max() < 1e-12 * max(1, size)
+
+
+class Seen(Experts):
+    """Two networks, one for each phase where there are phases; what a discriminator reads is their output."""
+
+    feature_blocks = ("",)
+
+
+def mixture(folder: Path, **parts: Any) -> DistributionMatching:
+    """Parts of the family on two iterations, in which both roles step; the student is no copy of its teacher."""
+    own = {
+        "method": "dmd2",
+        "fake_score_updates": 1,
+        "max_train_steps": 2,
+        "train_batch_size": 4,
+        "guidance_scale": 2.0,
+    }
+    made = method(folder, Seen(PROCESSES["flow"], [0.7], [0.5]), **(own | parts))
+    assert isinstance(made, DistributionMatching)
+    with torch.no_grad():
+        for network in made.student.denoiser.networks.values():
+            network.scale += 0.1
+    return made
+
+
+@pytest.mark.parametrize("policy", get_args(Policy))
+def test_the_fake_score_learns_the_samples_that_the_student_makes(policy: str, tmp_path: Path):
+    """The same bits whether the student steps in the iteration or not, so the same law: samples, prompts, levels, noises."""
+    made = mixture(tmp_path, policy=policy, steps=[4], prompt_dropout=0.3, guidance_scale_max=3.0, max_train_steps=8)
+    batch = prompts_of(made.teacher.denoiser, [str(SHIFT)] * 4)
+    batch.x0 = randn((4, *batch.shape), generators(range(4)))
+    require_grad(made.roles(), ["student"])
+    samples = []
+    for i in range(8):
+        alone, both = (
+            made.draw(batch, Rngs(0, i, range(4)), i, r) for r in (["fake_score"], ["student", "fake_score"])
+        )
+        assert (alone.x0.requires_grad, both.x0.requires_grad) == (False, True)
+        pairs = [(alone.x0, both.x0.detach())]
+        pairs += [(draws["fake_score"] for draws in of) for of in ((alone.t, both.t), (alone.eps, both.eps))]
+        pairs += [(d.conditions["fake_score"].tensors["shift"] for d in (alone, both))]
+        if policy in Noisy:
+            assert alone.point is not None
+            assert both.point is not None
+            pairs += [(getattr(d.point, k) for d in (alone, both)) for k in ("x", "x0", "start", "to", "s")]
+        assert all(torch.equal(a, b) for a, b in pairs)
+        samples.append(alone.x0)
+    assert all(not torch.equal(a, b) for a, b in combinations(samples, 2))
+
+
+@pytest.mark.parametrize("gan", ["none", "heads", "mean"])
+@pytest.mark.parametrize(("divergence", "policy"), list(product(get_args(Divergence), get_args(Policy))))
+def test_parts_mix_or_are_refused(divergence: str, policy: str, gan: str, tmp_path: Path):
+    """Two iterations with finite numbers, student and fake score not where they were; or a line of the config's."""
+    parts: dict[str, Any] = {"divergence": divergence, "policy": policy}
+    if gan != "none":
+        parts |= {"gan_weight": 0.1, "discriminator": gan}
+    noisy = policy in Noisy and divergence not in ("reverse_kl", "huber_kl")
+    if noisy or (policy == "phases" and gan != "none"):
+        with pytest.raises(ConfigError, match=r"it takes reverse_kl or huber_kl" if noisy else r"takes no GAN"):
+            config(tmp_path, method="dmd2", **parts)
+        return
+    made = mixture(tmp_path, **parts)
+    x0 = randn((4, *made.teacher.denoiser.latent_shape()), generators(range(4)))
+    trainer = under_training(tmp_path, made, made.teacher.denoiser, [str(SHIFT)] * 4, x0)
+    trained = {name: made.roles()[name].parameters for name in ("student", "fake_score")}
+    before = {(n, k): p.detach().clone() for n, of in trained.items() for k, p in of.items()}
+    said = [trainer.step(i) for i in range(2)]
+    for scalars in said:
+        assert torch.tensor(list(scalars.values())).isfinite().all()
+        assert ("fake_score/gan" in scalars) is (gan != "none" or divergence in OfRatio)
+    assert all(p.isfinite().all() for of in trained.values() for p in of.values())
+    moved = {n for (n, k), value in before.items() if not torch.equal(value, trained[n][k])}
+    assert moved == {"student", "fake_score"}
 
 
 COSTS: list[dict[str, Any]] = [
