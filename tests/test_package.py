@@ -116,7 +116,8 @@ def test_constraints_pin_every_dependency_inside_its_range(root: Path):
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [Requirement(line) for line in project["dependencies"] + extras["test"] + extras["dev"]]
+    named = project["dependencies"] + extras["data"] + extras["test"] + extras["dev"]
+    wanted = [Requirement(line) for line in named]
     unpinned = [
         str(want)
         for want in wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable
@@ -318,6 +319,23 @@ def test_a_data_set_of_the_package(package: list[tuple], tmp_path: Path):
 def test_what_a_data_set_lacks(package: list[tuple], split: str, caption: str, column: str, moving: bool, message: str):
     with pytest.raises(UserError, match=message):
         dataset("org/set", None, split, caption, column, moving)
+
+
+def test_pictures_of_the_package_itself(tmp_path: Path):
+    """A folder of save_to_disk, in the package's own format: the files as they were, to the byte, and both captions."""
+    import datasets
+
+    paths = [str(path) for path in sorted(write_images(tmp_path / "images", 2).glob("*.png"))]
+    features = datasets.Features({"picture": datasets.Image(), "said": datasets.List(datasets.Value("string"))})
+    rows = {"picture": paths, "said": [["one"], ["two", "zwei"]]}
+    datasets.Dataset.from_dict(rows, features).save_to_disk(tmp_path / "saved")
+    before = [Path(path).read_bytes() for path in paths]
+    shutil.rmtree(tmp_path / "images")
+    found = dataset(str(tmp_path / "saved"), None, "train", "said", "picture")
+    assert [found.read(i) for i in (1, 0)] == before[::-1]
+    assert found.texts == [("one",), ("two", "zwei")]
+    with pytest.raises(UserError, match="no column image; image_column is one of picture, said"):
+        dataset(str(tmp_path / "saved"), None, "train", "said", "image")
 
 
 def test_the_package_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch):
