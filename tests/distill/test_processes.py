@@ -11,22 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fewstep.distill.run import train
 from fewstep.samplers.load import denoiser_of
-from tests.distill.runs import Scripted, metrics, scripted, square, write_images
-from tests.distill.two_processes import RUNS, settings
+from tests.distill.runs import Scripted, assert_one, halved, metrics, scripted, square, write_images
+from tests.distill.two_processes import RESUMED, RUNS, settings
 from tests.pipelines import tiny_stable_diffusion
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of the runs, two processes' and one's, and what each of the two found."""
+    """The folder of the runs, and what each of two processes found.
+
+    one, two: straight, on so many processes; there: the first half on one, the rest on two; back: the other way round.
+    """
     folder = tmp_path_factory.mktemp("two") / "runs"
     write_images(folder / "images", 10)
+    for name in RUNS:
+        train(settings(folder, "one", name, 1), teacher=denoiser_of(tiny_stable_diffusion()))
+    for name in RESUMED:
+        halved(folder / "one" / name, folder / "there" / name)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = subprocess.Popen(
+    two = subprocess.run(
         [sys.executable, *command, "-m", "tests.distill.two_processes", str(folder)],
         cwd=root,
         env=os.environ | {"ACCELERATE_USE_CPU": "true"},
@@ -34,10 +40,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, root: Path) -> tuple[Path, li
         stderr=subprocess.STDOUT,
         text=True,
     )
-    for method in RUNS:
-        train(settings(folder, method, 1), teacher=denoiser_of(tiny_stable_diffusion()))
-    said, _ = two.communicate()
-    assert two.returncode == 0, said
+    assert two.returncode == 0, two.stdout
+    for name in RESUMED:
+        halved(folder / "two" / name, folder / "back" / name)
+        train(settings(folder, "back", name, 1), resume=True, teacher=denoiser_of(tiny_stable_diffusion()))
     return folder, [json.loads(Path(f"{folder}-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -47,27 +53,30 @@ def test_there_are_two(runs: tuple[Path, list[dict[str, Any]]]):
     assert {found["type"] for found in runs[1]} == {"DistributedType.MULTI_CPU"}
 
 
-@pytest.mark.parametrize("method", RUNS)
-def test_two_with_half_the_batch_are_one(runs: tuple[Path, list[dict[str, Any]]], method: str):
-    """Each sample has its draws whoever holds it, so that only the order of float32 sums differs: 1e-7 of a gradient,
-    some 1e-5 of an update of 0.01 in each of four steps.
-    """
+@pytest.mark.parametrize("name", RUNS)
+def test_two_with_half_the_batch_are_one(runs: tuple[Path, list[dict[str, Any]]], name: str):
+    """Students that are LoRAs and full ones."""
+    assert_one(runs[0] / "one" / name, runs[0] / "two" / name)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize(("began", "where", "now"), [("one", "there", 2), ("two", "back", 1)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    runs: tuple[Path, list[dict[str, Any]]], began: str, where: str, now: int, name: str
+):
+    """With the same rows in each iteration: what was done before is not done again, and the end is that of one."""
     folder, _ = runs
-    one, two = (load_file(folder / f"{method}-{n}/checkpoints/step-000004/student.safetensors") for n in (1, 2))
-    start = load_file(folder / f"{method}-1/checkpoints/step-000002/student.safetensors")
-    assert one.keys() == two.keys()
-    moved = max((one[k] - start[k]).abs().max().item() for k in one)
-    assert moved > 1e-3
-    assert max((one[k] - two[k]).abs().max().item() for k in one) < 1e-3 * moved
-    for a, b in zip(*(metrics(folder / f"{method}-{n}") for n in (1, 2)), strict=True):
-        means = a.keys() - {"student/spread"}  # that one is of the rows of a micro-batch together
-        assert {k: a[k] for k in means} == pytest.approx({k: b[k] for k in means}, rel=1e-3, abs=1e-6)
+    assert_one(folder / "one" / name, folder / where / name)
+    assert json.loads((folder / where / name / "environment.json").read_text())["processes"] == now
+    before, after = ((folder / which / name / "metrics.jsonl").read_text().splitlines() for which in (began, where))
+    assert before[:2] == after[:2]  # with their seconds
+    assert before[2:] != after[2:]
 
 
 def test_only_the_first_writes(runs: tuple[Path, list[dict[str, Any]]]):
     folder, (first, second) = runs
     assert second["written"] == []
-    assert f"open {folder / 'pretrain-2/metrics.jsonl'}" in first["written"]
+    assert f"open {folder / 'two/pretrain-lora/metrics.jsonl'}" in first["written"]
 
 
 def test_all_stop_at_a_number_that_one_sees(runs: tuple[Path, list[dict[str, Any]]]):

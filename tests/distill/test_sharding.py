@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from fewstep.distill import sharding
 from fewstep.distill.config import ConfigError
 from fewstep.distill.run import train
 from fewstep.samplers.load import denoiser_of, load_student
-from tests.distill.runs import config, metrics, write_images
+from tests.distill.runs import assert_one, config, halved, write_images
 from tests.distill.sharded_processes import RUNS, looked_at, settings
 from tests.pipelines import tiny_stable_diffusion
 
@@ -46,13 +45,6 @@ def launched(root: Path, *words: str) -> str:
     done = subprocess.run([sys.executable, *words], cwd=root, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-def halved(run: Path, to: Path) -> None:
-    """A run as it was after two of its four iterations."""
-    shutil.copytree(run, to)
-    shutil.rmtree(to / "checkpoints/step-000004")
-    shutil.rmtree(to / "student")
 
 
 @pytest.fixture(scope="module")
@@ -103,29 +95,8 @@ def test_every_weight_is_in_parts(runs: tuple[Path, list[dict[str, Any]]]):
 @every_run
 @pytest.mark.parametrize("where", ["two", "there", "back"])
 def test_shards_are_one(runs: tuple[Path, list[dict[str, Any]]], where: str, name: str):
-    """Straight on two processes, from one to two, from two to one: every tensor of the last checkpoint, and every scalar.
-
-    Each sample has its draws whoever holds it, so that only the order of float32 sums differs: 1e-7 of a gradient, some
-    1e-5 of an update of 0.01 in each of four steps.
-    """
-    folder, _ = runs
-    start, one, other = (
-        {p.name: load_file(p) for p in (folder / f"{which}/{name}/checkpoints" / step).glob("*.safetensors")}
-        for which, step in (("one", "step-000002"), ("one", "step-000004"), (where, "step-000004"))
-    )
-    assert one.keys() == other.keys()
-    assert {"student.safetensors", "optimizer-student.safetensors", "average.safetensors"} <= one.keys()
-    for file, tensors in one.items():
-        assert tensors.keys() == other[file].keys()
-        counts = {k: v for k, v in tensors.items() if k.endswith(".step")}  # of the optimiser
-        assert counts == {k: other[file][k] for k in counts}
-        values = {k: v for k, v in tensors.items() if k not in counts}
-        moved = max((v - start[file][k]).abs().max().item() for k, v in values.items())
-        assert moved > 0
-        assert max((v - other[file][k]).abs().max().item() for k, v in values.items()) < 1e-3 * moved, file
-    for a, b in zip(*(metrics(folder / which / name) for which in ("one", where)), strict=True):
-        means = a.keys() - {"student/spread"}  # that one is of the rows of a micro-batch together
-        assert {k: a[k] for k in means} == pytest.approx({k: b[k] for k in means}, rel=1e-3, abs=1e-6)
+    """Straight on two processes, from one to two, from two to one."""
+    assert_one(runs[0] / "one" / name, runs[0] / where / name)
 
 
 def content(folder: Path) -> tuple[dict[str, bytes], dict[str, dict[str, torch.Tensor]]]:

@@ -25,22 +25,27 @@ from tests.distill.runs import Scripted, config, scripted, square
 from tests.pipelines import tiny_stable_diffusion
 
 RUNS: dict[str, dict[str, Any]] = {
-    "pretrain": {"prompt_dropout": 0.5},
-    "dmd": {"regression_metric": "squared", "num_pairs": 6, "pair_steps": 2},
-    "dmd2": {"steps": [1, 2], "fake_score_updates": 2},
+    "pretrain-lora": {"prompt_dropout": 0.5},
+    "dmd-lora": {"regression_metric": "squared", "num_pairs": 6, "pair_steps": 2},
+    "dmd2-lora": {"steps": [1, 2], "fake_score_updates": 2},
+    "dmd2-full": {"steps": [1, 2], "fake_score_updates": 2},
 }
+"""By method and kind of student."""
+RESUMED = ("dmd2-lora", "dmd2-full")
 # a tiny gradient is noise of the order of summation, which AdamW would divide by itself
 SAME = {"max_train_steps": 4, "gradient_accumulation_steps": 2, "adam_epsilon": 1e-3, "ema_decay": 0.9}
 
 
-def settings(folder: Path, method: str, world: int) -> Any:
-    """Four rows a micro-batch, over all processes."""
+def settings(folder: Path, where: str, name: str, world: int) -> Any:
+    """Four rows a micro-batch, over all processes; one run of each number has the preflight."""
+    method, kind = name.split("-")
     return config(
-        folder,
-        **{"method": method, "name": f"{method}-{world}", "student": "lora", "train_data": str(folder / "images")},
+        folder / where,
+        **{"method": method, "name": name, "student": kind, "train_data": str(folder / "images")},
         **{"train_batch_size": 4 // world, "cache_dir": str(folder / f"cache-{world}")},
+        **{"preflight": name == "pretrain-lora"},
         **SAME,
-        **RUNS[method],
+        **RUNS[name],
     )
 
 
@@ -114,8 +119,10 @@ def main(folder: Path) -> dict[str, Any]:
     rank = accelerator.process_index
     found: dict[str, Any] = {"world": accelerator.num_processes, "type": str(accelerator.distributed_type)}
     found["written"] = written(folder)
-    for method in RUNS:
-        train(settings(folder, method, accelerator.num_processes), teacher=denoiser_of(tiny_stable_diffusion()))
+    for name in RUNS:
+        train(settings(folder, "two", name, 2), teacher=denoiser_of(tiny_stable_diffusion()))
+    for name in RESUMED:
+        train(settings(folder, "there", name, 2), resume=True, teacher=denoiser_of(tiny_stable_diffusion()))
     bad = Scripted({"student": only(1, accelerator, lambda total: total * torch.nan)})
     found["non-finite"] = outcome(scripted(folder, bad, name="bad").run)
     stopped = Scripted({"student": only(1, accelerator, signalled)})
