@@ -18,9 +18,8 @@ from tests.distill.runs import config, metrics
 from tests.pipelines import tiny_dit
 
 
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_compiled_networks_follow_their_adapter():
-    """One compiled network with two adapters and none: in turn, twice, with and without gradients, three answers."""
+def adapted() -> torch.nn.Module:
+    """A tiny network with the adapters of two roles, which alone are trained; no weight is zero."""
     from peft import LoraConfig, inject_adapter_in_model
 
     torch.manual_seed(0)
@@ -31,29 +30,60 @@ def test_compiled_networks_follow_their_adapter():
     for key, p in network.named_parameters():
         torch.nn.init.normal_(p)
         p.requires_grad_(".lora_" in key)
-    x, frames = torch.randn(3, 4), []
+    return network
 
-    def answers() -> list[Tensor]:
-        found = []
-        for name in ("student", None, "fake_score") * 2:
-            for grad in (False, True):
-                with torch.set_grad_enabled(grad):
-                    found.append(Adapted(network, name)(x))
-        found[1].square().sum().backward()
-        return [y.detach() for y in found] + [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+def answers(network: torch.nn.Module, *forms: tuple[str | None, bool]) -> list[Tensor]:
+    """Of each form, an adapter or none, with or without gradients; twice in turn, then the gradients of the first with."""
+    x = torch.linspace(-1, 2, 12).reshape(3, 4)
+    found = []
+    for name, grad in forms * 2:
+        with torch.set_grad_enabled(grad):
+            found.append(Adapted(network, name)(x))
+    next(y for y in found if y.requires_grad).square().sum().backward()
+    return [y.detach() for y in found] + [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_compiled_networks_follow_their_adapter():
+    """One compiled network with two adapters and none: in turn, twice, with and without gradients, three answers."""
+    network, frames = adapted(), []
 
     def backend(graph: Any, inputs: Any) -> Any:
         frames.append(graph)
         return graph.forward
 
-    expected = answers()
+    forms = [(name, grad) for name in ("student", None, "fake_score") for grad in (False, True)]
+    expected = answers(network, *forms)
     network.zero_grad()
     efficiency.compiled(network, backend)  # type: ignore[arg-type]
-    got = answers()
+    got = answers(network, *forms)
     assert len(got) == len(expected) == 12 + 4
     assert all(a.equal(b) for a, b in zip(got, expected, strict=True))
     assert not expected[0].equal(expected[2])
     assert len(frames) >= 3
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_inductor_gives_what_the_network_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As `compile: true` has it, with a C++ compiler: values and gradients of two adapters, to a rounding of float32."""
+    from torch._inductor import config as inductor
+    from torch._inductor.utils import fresh_cache
+
+    # one by one and in this process: a pool of compilers costs more than two small files
+    monkeypatch.setattr(inductor, "compile_threads", 1)
+    network, forms = adapted(), (("student", True), ("fake_score", True))
+    expected = answers(network, *forms)
+    network.zero_grad()
+    torch._dynamo.reset()
+    with fresh_cache(dir=str(tmp_path)):  # or the files of an earlier run would do
+        efficiency.compiled(network)
+        got = answers(network, *forms)
+        assert list(tmp_path.rglob("*.so"))
+    assert len(got) == len(expected) == 4 + 4
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert not expected[0].allclose(expected[1])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
