@@ -34,7 +34,8 @@ TOGETHER = [
 # Begun before the others, which then fill the end of both workers.
 LONG = [
     *("distill/test_sharding", "distill/test_resume", "samplers/test_card", "app/test_main", "app/test_evaluate"),
-    *("distill/test_recipes", "distill/test_mixture", "distill/test_processes", "distill/test_msd", "test_package"),
+    *("distill/test_recipes", "distill/test_backbones", "distill/test_mixture", "distill/test_processes"),
+    *("distill/test_msd", "test_package"),
     *("distill/test_stability", "samplers/test_jvp", "distill/test_disback", "samplers/test_denoisers"),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import accelerate.utils.imports
 import pytest
@@ -19,3 +20,14 @@ def no_accelerate_state() -> Iterator[None]:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the preflights of a test get from stock pipelines, to compare their teachers with: one that cannot goes on."""
+    from fewstep.distill import safeguards
+
+    found: list[Any] = []
+    stock = safeguards.stock_images
+    monkeypatch.setattr(safeguards, "stock_images", lambda *a, **k: found.append(stock(*a, **k)) or found[-1])
+    return found
