@@ -27,6 +27,7 @@ from fewstep.samplers.baseline import (
     default_scheduler,
     has_spacing,
     is_flow,
+    refuse_unknown,
     scheduler_of,
     stock_images,
 )
@@ -210,9 +211,7 @@ def student_sampler(
             raise UserError(f"{source}: the student takes no guidance scale; it was trained at a fixed one")
         plan = plan.model_copy(update={"embedded_guidance": guidance})
     denoiser.to(device())
-    takes = inspect.signature(type(denoiser.pipeline).__call__).parameters
-    if unknown := [k for k, v in size.items() if v is not None and k not in takes]:
-        raise UserError(f"{manifest.pipeline} takes no {', '.join(unknown)}")
+    refuse_unknown(denoiser.pipeline, (k for k, v in size.items() if v is not None))
     sides = (size.get(k) or getattr(manifest, k) for k in ("height", "width", "num_frames"))
     shape = denoiser.latent_shape(*sides)
     scale = plan.embedded_guidance if plan.embedded_guidance is not None else plan.steps[0].guidance_scale

@@ -202,7 +202,8 @@ class Record:
     def _same_rows(self, then: dict[str, Any], now: dict[str, Any]) -> None:
         """UserError where iterations would have other rows than before: on another number of processes, say."""
         processes = self.accelerator.num_processes
-        before = noted(self.folder).get("processes", processes)
+        before = noted(self.folder).get("processes")
+        before = before if isinstance(before, int) else processes
         keys = ("train_batch_size", "gradient_accumulation_steps")
         were, are = ([c.get(k, now[k]) for k in keys] + [n] for c, n in ((then, before), (now, processes)))
         if math.prod(were) != math.prod(are):

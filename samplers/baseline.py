@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -105,6 +105,13 @@ def refuse_steps(scheduler: Any, steps: int) -> None:
         raise UserError(f"{type(scheduler).__name__}, {steps} steps: {reason(error)}") from error
 
 
+def refuse_unknown(pipeline: Any, arguments: Iterable[str]) -> None:
+    """UserError for names of arguments that the pipeline's call does not have."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    if unknown := [name for name in arguments if name not in takes]:
+        raise UserError(f"{type(pipeline).__name__} takes no {', '.join(unknown)}")
+
+
 def stock_images(
     pipeline: Any,
     prompts: Sequence[str],
@@ -146,9 +153,7 @@ def stock_images(
         wanted["eta"] = eta
     if "use_resolution_binning" in takes:
         wanted["use_resolution_binning"] = False  # the size that was asked, not the nearest of a list
-    unknown = [k for k in wanted if k not in takes]
-    if unknown:
-        raise UserError(f"{type(pipeline).__name__} takes no {', '.join(unknown)}")
+    refuse_unknown(pipeline, wanted)
     if timesteps is not None and "timesteps" not in inspect.signature(pipeline.scheduler.set_timesteps).parameters:
         raise UserError(
             f"timesteps: {type(pipeline.scheduler).__name__} takes none of its own; scheduler lcm or tcd does"

@@ -49,7 +49,7 @@ def add(pipeline: Any, lora: str, networks: Mapping[str, nn.Module], first: bool
     """
     name = type(pipeline).__name__
     at, file, scale = arguments(lora)
-    if _replaced(name, lora, networks, first):
+    if file and _replaced(name, lora, _place(at, **file), scale, networks, first):
         return
     if not hasattr(pipeline, "load_lora_weights"):
         raise UserError(f"{lora}: a {name} takes no LoRA")
@@ -63,15 +63,18 @@ def add(pipeline: Any, lora: str, networks: Mapping[str, nn.Module], first: bool
         raise UserError(f"{lora}: names no layer of {name}")
 
 
-def _replaced(pipeline: str, lora: str, networks: Mapping[str, nn.Module], first: bool) -> bool:
+def _place(at: str, weight_name: str) -> str:
+    """Where a file lies on this disk, fetched from the hub if need be."""
+    path = Path(at) / weight_name
+    return str(path) if path.exists() else file_of(at, weight_name)
+
+
+def _replaced(
+    pipeline: str, lora: str, place: str, scale: float | None, networks: Mapping[str, nn.Module], first: bool
+) -> bool:
     """Whether a file holds a network of the pipeline alone, and its weights are now the network's; UserError for another's."""
     from safetensors.torch import load_file
 
-    at, file, scale = arguments(lora)
-    if not file:  # a folder or a repository, of a LoRA
-        return False
-    path = Path(at) / file["weight_name"]
-    place = str(path) if path.exists() else file_of(at, file["weight_name"])
     found = single_file.tensors(place)
     kin = {name: own for name, network in networks.items() if found.keys() & (own := network.state_dict()).keys()}
     if not kin:

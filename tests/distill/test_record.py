@@ -183,6 +183,8 @@ def test_an_iteration_keeps_its_rows(tmp_path: Path):
     environment.write_text(json.dumps(json.loads(of_one) | {"processes": 2}))
     with pytest.raises(UserError, match=r"was 4 x 1 x 2, now 4 x 1 x 1"):
         scripted(tmp_path, Scripted({"student": square}), resume=True)
+    environment.write_text(json.dumps(json.loads(of_one) | {"processes": "two"}))
+    scripted(tmp_path, Scripted({"student": square}), resume=True)  # no number: nothing to hold it to
     environment.write_text(of_one)
     split = Scripted({"student": square})
     scripted(tmp_path, split, resume=True, train_batch_size=1, gradient_accumulation_steps=4).run()
